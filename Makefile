@@ -1,0 +1,50 @@
+# make demo   set up .venv, then quantize a small checkpoint on the CPU and verify the result
+# make test   set up .venv, then run the tests
+# make lint   set up .venv, then ruff (lint and format) and mypy
+# make clean  remove .venv and everything built
+#
+# PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
+# PIP_ARGS=...        extra options for every `pip install`, for example an index with CPU-only torch
+
+PYTHON ?= python3
+PIP_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+DEMO := build/demo
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+# torch comes first and alone: it is the one package whose build (CPU or CUDA, gigabytes apart) depends on where pip
+# looks, so it is seen, or fails, by itself. The second call keeps the build that is there.
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dsv4q needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Name a newer one: make PYTHON=python3.12 ...")'
+	@$(BIN)/python -c 'import pip, sys; assert sys.version_info >= (3, 11)' 2>/dev/null || "$(PYTHON)" -m venv --clear .venv
+	@echo "installing dsv4q and what it needs into .venv (minutes the first time)" >&2
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@rm -rf $(DEMO)
+	@mkdir -p $(DEMO)
+	$(BIN)/dsv4q toy $(DEMO)/source
+	$(BIN)/dsv4q plan $(DEMO)/source --config configs/toy.yaml
+	$(BIN)/dsv4q quantize $(DEMO)/source $(DEMO)/artifact --config configs/toy.yaml
+	$(BIN)/dsv4q verify-shards $(DEMO)/artifact --source $(DEMO)/source --deep
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/dsv4q.egg-info

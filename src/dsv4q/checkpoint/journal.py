@@ -1,0 +1,209 @@
+"""What an unfinished run knows about itself: who it is, which blocks are done, that nobody else is at it.
+
+All of it lives in `OUT/.dsv4q/`, which disappears when the artifact is finished:
+
+    lock            held with flock while a run is alive; the kernel frees it when the process dies
+    journal.jsonl   first line the identity, then one line per finished block, each fsynced
+    streams.*       residual streams behind the last finished block (see calibration/stream.py)
+
+A line is the last thing written for a block, after its tensors are on disk, so a block with a line is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv4q.errors import OutputError, ResumeError
+
+WORK = ".dsv4q"
+INDEX = "model.safetensors.index.json"
+REPORT = "report.json"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new files in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file so that it is either whole or not there; mode 0644."""
+    partial = path.with_name(path.name + ".partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.fchmod(handle, 0o644)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(partial, path)
+    fsync_folder(path.parent)
+
+
+def check_output(out: Path, source: Path) -> None:
+    """Refuse a folder that is not ours to write.
+
+    Raises:
+        OutputError: OUT is a file, holds foreign files, or lies inside the source (or the source inside it).
+    """
+    there, origin = out.resolve(), source.resolve()
+    origin = origin.parent if origin.is_file() else origin
+    if there == origin or there.is_relative_to(origin) or origin.is_relative_to(there):
+        raise OutputError(
+            "The output folder and the source overlap",
+            where=out,
+            expected="a folder outside the source",
+            found=f"source {source}",
+        )
+    if out.exists() and not out.is_dir():
+        raise OutputError("The output is not a folder", where=out)
+    if out.is_dir() and any(out.iterdir()) and not (out / WORK).is_dir() and not is_finished(out):
+        raise OutputError(
+            "The output folder is not empty and not an unfinished run of dsv4q",
+            where=out,
+            expected="a new or empty folder",
+            found=", ".join(sorted(p.name for p in out.iterdir())[:5]),
+            hint="choose another folder; nothing in this one was touched",
+        )
+
+
+def is_finished(out: Path) -> bool:
+    """Whether `out` holds an artifact that a run of ours completed."""
+    return (out / INDEX).is_file() and (out / REPORT).is_file()
+
+
+class Journal:
+    """The journal of one output folder, open and locked.
+
+    Raises (from `open`):
+        OutputError: another run is at work in the same folder.
+        ResumeError: the journal there is of another source, config, data or version.
+    """
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder = folder
+        self.done: dict[str, dict[str, Any]] = {}
+        """Finished block -> its record."""
+        self._lock = lock
+
+    @classmethod
+    def open(cls, out: Path, identity: Mapping[str, Any], *, resume: bool) -> Journal:
+        """Lock `out` and read what is done; with `resume=False` forget it."""
+        folder = out / WORK
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise OutputError(
+                "Another run is writing into this folder",
+                where=out,
+                hint="wait for it, or choose another output folder",
+            ) from None
+        journal = cls(folder, lock)
+        try:
+            journal._load(dict(identity), resume)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    @staticmethod
+    def identity_of(out: Path) -> dict[str, Any] | None:
+        """Identity of the unfinished run in `out`, if there is one."""
+        file = out / WORK / "journal.jsonl"
+        lines = _whole_lines(file) if file.is_file() else []
+        return lines[0] if lines else None
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    def _load(self, identity: dict[str, Any], resume: bool) -> None:
+        lines = _whole_lines(self._file) if self._file.is_file() else []
+        if not lines or not resume:
+            self._start(identity)
+            return
+        difference = first_difference(lines[0], identity)
+        if difference:
+            key, before, now = difference
+            raise ResumeError(
+                f"The unfinished run in this folder was started with another {key.partition('.')[0]}",
+                where=f"{self.folder.parent}: {key}",
+                expected=before,
+                found=now,
+                hint="run it as it was started, or start over with --no-resume",
+            )
+        self.done = {record["block"]: record for record in lines[1:]}
+        # Cut a torn last line off, or the next one would be glued to it.
+        write_atomic(self._file, b"".join(_line(record) for record in lines))
+
+    def _start(self, identity: dict[str, Any]) -> None:
+        """Begin anew: drop what an earlier run left, its journal first so that a crash here loses nothing."""
+        self._file.unlink(missing_ok=True)
+        (self.folder.parent / INDEX).unlink(missing_ok=True)
+        for leftover in [*self.folder.glob("streams.*"), *self.folder.parent.glob("model-*.safetensors*")]:
+            leftover.unlink()
+        write_atomic(self._file, _line(identity))
+
+    def finish_block(self, block: str, record: Mapping[str, Any]) -> None:
+        """Record that `block` is on disk; its tensors must have been fsynced before."""
+        entry = {"block": block, **record}
+        handle = os.open(self._file, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(handle, _line(entry))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        self.done[block] = entry
+
+    def remove(self) -> None:
+        """Delete the work folder: the artifact is complete."""
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.name != "lock":
+                path.unlink()
+        for path in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
+            path.rmdir()
+        (self.folder / "lock").unlink()
+        self.folder.rmdir()
+        fsync_folder(self.folder.parent)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines that were written whole; a crash can only tear the last one."""
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1]:
+        lines = lines[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | None:
+    """First place where two JSON values differ: dotted key, both values; None when they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            found = first_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            if found:
+                return found
+        return None
+    # Through JSON, so that a tuple equals the list that it became in the file.
+    if json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True):
+        return None
+    return key, json.dumps(before, ensure_ascii=False)[:200], json.dumps(now, ensure_ascii=False)[:200]

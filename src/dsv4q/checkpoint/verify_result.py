@@ -1,0 +1,131 @@
+"""What a verification says: exact differences, how much was looked at, how large the errors are."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One fact that is not as the contract wants it."""
+
+    check: str
+    """files, index, headers, config, targets, tensors, mtp, scales, pairs, values, bytes, encoding, error or source."""
+    tensor: str | None
+    file: str | None
+    expected: str
+    found: str
+
+    def as_dict(self) -> dict[str, str | None]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """One line for people."""
+        place = ", ".join(part for part in (self.tensor, self.file) if part)
+        return f"[{self.check}] {place}: expected {self.expected}; found {self.found}"
+
+
+@dataclass
+class ErrorStats:
+    """Weight error of one class of tensors against the source. Relative error: Frobenius norms, |w - dq| / |w|."""
+
+    count: int = 0
+    exact: int = 0
+    """Tensors without any error."""
+    power_of_two_scales: int = 0
+    """Tensors all of whose scales are powers of two (the consumer keeps such FP8 scales as they are)."""
+    max_relative_error: float = 0.0
+    worst: str | None = None
+    """The tensor that has it."""
+    total_relative_error: float = 0.0
+    min_sqnr_db: float = math.inf
+
+    def add(self, tensor: str, signal: float, noise: float, *, power_of_two: bool) -> None:
+        """Count one tensor: sum of squares of the source, sum of squares of the error."""
+        self.count += 1
+        self.power_of_two_scales += power_of_two
+        relative = math.sqrt(noise / signal) if signal else (math.inf if noise else 0.0)
+        self.exact += noise == 0
+        self.total_relative_error += relative
+        if self.worst is None or relative > self.max_relative_error:
+            self.max_relative_error, self.worst = relative, tensor
+        if noise:
+            self.min_sqnr_db = min(self.min_sqnr_db, 10 * math.log10(signal / noise) if signal else -math.inf)
+
+    @property
+    def mean_relative_error(self) -> float:
+        return self.total_relative_error / self.count if self.count else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`; a signal-to-noise ratio without noise is null."""
+        return {
+            "count": self.count,
+            "exact": self.exact,
+            "power_of_two_scales": self.power_of_two_scales,
+            "max_relative_error": self.max_relative_error,
+            "worst": self.worst,
+            "mean_relative_error": self.mean_relative_error,
+            "min_sqnr_db": self.min_sqnr_db if math.isfinite(self.min_sqnr_db) else None,
+        }
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """The judgement on one artifact."""
+
+    artifact: str
+    tensors: int
+    shards: int
+    bytes: int
+    """Tensor data, without headers."""
+    mtp_tensors: int
+    checks: dict[str, int]
+    """Items examined by each check; a check that did not run is absent."""
+    differences: tuple[Difference, ...]
+    errors: dict[str, ErrorStats]
+    """By tensor class; empty without a source."""
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "artifact": self.artifact,
+            "ok": self.ok,
+            "tensors": self.tensors,
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "mtp_tensors": self.mtp_tensors,
+            "checks": dict(self.checks),
+            "difference_count": len(self.differences),
+            "differences": [difference.as_dict() for difference in self.differences],
+            "errors": {name: stats.as_dict() for name, stats in self.errors.items()},
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass
+class Log:
+    """Collects while a verification runs."""
+
+    differences: list[Difference] = field(default_factory=list)
+    checks: Counter[str] = field(default_factory=Counter)
+
+    def looked_at(self, check: str, items: int = 1) -> None:
+        self.checks[check] += items
+
+    def differs(
+        self, check: str, *, expected: object, found: object, tensor: str | None = None, file: str | None = None
+    ) -> None:
+        self.differences.append(Difference(check, tensor, file, str(expected), str(found)))
+
+
+def few(names: list[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" … and {rest:,} more" if rest > 0 else "")

@@ -1,0 +1,209 @@
+"""Commands: parse, call, print, exit code. Nothing heavy is imported before a command needs it.
+
+Exit codes: 0 good, 1 refused or failed for a named reason, 2 usage, 3 verification found differences.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dsv4q.console import Console, Mode, human_bytes, human_seconds
+from dsv4q.errors import Dsv4qError, Interrupted
+
+app = typer.Typer(
+    name="dsv4q",
+    help="Quantize DeepSeek-V4 checkpoints for vLLM, with the MTP draft intact.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="What to make: a YAML file, see configs/.")]
+
+
+def _console(as_json: bool, quiet: bool) -> Console:
+    console = Console(Mode.JSON if as_json else Mode.QUIET if quiet else Mode.HUMAN)
+    _State.console = console
+    return console
+
+
+class _State:
+    """The console of the running command, for `main` to report an error with."""
+
+    console = Console()
+
+
+@app.command()
+def toy(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write the checkpoint into.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML with other dimensions.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed gives other weights of the same shapes.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a small but complete DeepSeek-V4 checkpoint with random weights, to try things on."""
+    from dsv4q.toy import ToyConfig, load_toy_config, write_toy
+
+    console = _console(as_json, quiet)
+    summary = write_toy(out, load_toy_config(config) if config else ToyConfig(), seed)
+    console.data(asdict(summary))
+    console.print(
+        f"{out}: {summary.tensors} tensors, {summary.mtp_tensors} of them mtp.*, in {len(summary.shards)} shards, "
+        f"{human_bytes(summary.nbytes)}; tokenizer and {summary.conversations} chat samples"
+    )
+
+
+@app.command()
+def plan(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder, or just a config.json.")],
+    config: ConfigFile,
+    skeleton: Annotated[
+        Path | None, typer.Option(help="Write the planned artifact here as sparse files: true headers, no data.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a run would read, write and need, and every problem with it. Reads no tensor.
+
+    Exit code 1 if there is a problem.
+    """
+    from dsv4q.checkpoint.plan import free_bytes, make_plan
+    from dsv4q.checkpoint.source import scan
+    from dsv4q.config import load_config
+    from dsv4q.show import show_plan
+
+    console = _console(as_json, quiet)
+    parsed = load_config(config)
+    with scan(source) as checkpoint:
+        made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
+    console.data(made.as_dict())
+    show_plan(made, console)
+    if skeleton is not None:
+        from dsv4q.checkpoint.finish import write_skeleton
+
+        write_skeleton(skeleton, source, made)
+        console.talk(f"skeleton of {len(made.shards)} sparse shards written to {skeleton}")
+    if made.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The BF16 checkpoint's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the artifact: new, empty or unfinished.")],
+    config: ConfigFile,
+    data: Annotated[
+        str | None, typer.Option(help="Calibrate on this dataset instead of the config's: hub id, folder or JSONL.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run in OUT, or start it over.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan that the run would execute; stop.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint into an artifact that vLLM serves as it is.
+
+    Can be stopped at any moment: the same command goes on where it was and gives the same bytes.
+    """
+    from dsv4q import quantize as story
+    from dsv4q.config import load_config, with_dataset
+    from dsv4q.report import show_report
+    from dsv4q.show import show_plan
+
+    console = _console(as_json, quiet)
+    parsed = load_config(config)
+    if data is not None:
+        parsed = with_dataset(parsed, data)
+    job = story.Job(source=source, out=out, config=parsed, device=device, resume=resume)
+    if dry_run:
+        made = story.prepare(job)
+        console.data(made.as_dict())
+        show_plan(made, console)
+        if made.problems:
+            raise typer.Exit(1)
+        return
+    report = story.quantize(job, console)
+    console.data(report)
+    show_report(report, console)
+    console.print(f"{out} is complete. Check every byte with: dsv4q verify-shards {out} --deep --source {source}")
+
+
+@app.command("verify-shards")
+def verify_shards(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of the artifact to judge.")],
+    source: Annotated[
+        Path | None, typer.Option(help="The checkpoint it was made from: compare and re-encode every tensor.")
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read the data too: scales, pairs, ranges, NaN.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge an artifact independently of how it was made: names, dtypes, shapes, scales, bytes.
+
+    Exit code 3 if anything differs from what config.json and the format demand.
+    """
+    from dsv4q.checkpoint.verify import verify
+    from dsv4q.show import show_verification
+
+    console = _console(as_json, quiet)
+    with console.progress("verifying", _folder_bytes(artifact) if deep or source else 0) as bar:
+        done = 0
+
+        def progress(label: str, now: int, total: int) -> None:
+            nonlocal done
+            bar.total = total
+            bar.describe(label)
+            bar.advance(now - done)
+            done = now
+
+        result = verify(artifact, source=source, deep=deep, progress=progress)
+    console.data(result.as_dict())
+    show_verification(result, console)
+    if not result.ok:
+        raise typer.Exit(3)
+    console.talk(f"verified in {human_seconds(result.seconds)}")
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run a command, turn what goes wrong into text and an exit code."""
+    try:
+        code = app(args=arguments, standalone_mode=True)
+    except Dsv4qError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(
+            Interrupted(
+                "Stopped before the end",
+                hint="what was finished is kept; the same command goes on from there",
+            )
+        )
+    except BrokenPipeError:
+        # The reader of a pipe went away (`| head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code or 0)
+
+
+def _fail(error: Dsv4qError) -> Any:
+    if os.environ.get("DSV4Q_DEBUG"):
+        raise error
+    _State.console.error(error)
+    sys.exit(error.exit_code)

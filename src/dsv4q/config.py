@@ -1,0 +1,248 @@
+"""The YAML that a user writes: what to make. How to run it (device, resume) is on the command line.
+
+    recipe:        a genuine llmcompressor recipe: what `oneshot(recipe=...)` accepts
+    calibration:   data, samples, length, micro-batch, seed; left out when the recipe needs no data
+    mtp:           keep the draft, write the shared-head copies
+    activations:   which tokens the routed experts see while calibrating, headroom
+    output:        number of shards
+
+Everything is frozen and unknown keys are refused by name.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dsv4q.checkpoint.schemes import Scheme
+from dsv4q.errors import ConfigError, RecipeError
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Frozen):
+    """Which data the activation statistics come from."""
+
+    dataset: str
+    """Hub id, local dataset folder, or JSONL file (relative to the working folder)."""
+    split: str | None = None
+    samples: int = Field(64, ge=1)
+    max_length: int = Field(512, ge=8)
+    """Tokens per sample; every sample has exactly this many."""
+    micro_batch: int = Field(8, ge=1)
+    """Samples per forward pass. Part of the recipe: another value may change the last bit of a scale."""
+    seed: int = 42
+    chat_mode: Literal["chat", "thinking"] = "chat"
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.max_length
+
+
+class Mtp(_Frozen):
+    """The draft block."""
+
+    keep: bool = True
+    shared_head_copies: bool = True
+    """Also write `mtp.N.emb.tok_emb.weight` and `mtp.N.head.weight`, which older loaders need."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Mtp:
+        if self.shared_head_copies and not self.keep:
+            raise ValueError("shared_head_copies: true and keep: false contradict each other")
+        return self
+
+
+class Activations(_Frozen):
+    """How the input scales of the routed experts are found."""
+
+    experts: Literal["all", "routed"] = "all"
+    """`all`: every expert sees every token. `routed`: only the tokens that the router sends it."""
+    fallback: Literal["layer_max"] | None = None
+    """With `routed`: an expert without tokens takes the largest amax of its layer and projection."""
+    headroom: float = Field(1.0, ge=1.0, le=1024.0)
+    """Factor on the observed amax. Clipping is what hurts; up to about 1000 costs nothing measurable."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Activations:
+        if self.experts == "all" and self.fallback is not None:
+            raise ValueError("fallback is given but experts: all never needs one")
+        if self.experts == "routed" and self.fallback is None:
+            raise ValueError("experts: routed needs a fallback (layer_max) for experts that no token reaches")
+        return self
+
+
+class Output(_Frozen):
+    """The files of the artifact."""
+
+    shards: int = Field(35, ge=1, le=99_999)
+
+
+class Config(_Frozen):
+    """A parsed and checked config."""
+
+    recipe: dict[str, Any]
+    calibration: Calibration | None = None
+    mtp: Mtp = Mtp()
+    activations: Activations = Activations()
+    output: Output = Output()
+
+    @cached_property
+    def groups(self) -> dict[str, Scheme]:
+        """Config groups of the recipe by name."""
+        return _groups(self.recipe)
+
+    @cached_property
+    def ignore(self) -> tuple[str, ...]:
+        """Ignore entries of the recipe."""
+        return tuple(_modifier(self.recipe).get("ignore") or ())
+
+    @property
+    def needs_data(self) -> bool:
+        return any(s.input_activations is not None and s.input_activations.needs_data for s in self.groups.values())
+
+    def library_recipe(self) -> dict[str, Any]:
+        """The recipe for `oneshot`: the user's, with every group's format stated."""
+        from dsv4q.checkpoint.schemes import scheme_dict
+
+        groups = {name: scheme_dict(scheme) for name, scheme in self.groups.items()}
+        modifier = {"config_groups": groups, "ignore": list(self.ignore)}
+        return {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+
+    def canonical(self) -> dict[str, Any]:
+        """JSON-able form; two configs that mean the same have the same one."""
+        plain = self.model_dump(mode="json", exclude={"recipe"})
+        groups = {name: scheme.model_dump(mode="json") for name, scheme in self.groups.items()}
+        return {"recipe": {"config_groups": groups, "ignore": list(self.ignore)}, **plain}
+
+
+def load_config(path: Path) -> Config:
+    """Read a config YAML.
+
+    Raises:
+        ConfigError: absent, not YAML, unknown key, wrong value, contradiction.
+        RecipeError: the recipe is not one that dsv4q can run.
+    """
+    if not path.is_file():
+        raise ConfigError("There is no such config", where=path, hint="see configs/ for the shipped ones")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("The config is not valid YAML", where=path, found=error) from error
+    return parse_config(raw, where=str(path))
+
+
+def parse_config(raw: object, where: str = "config") -> Config:
+    """Check a parsed YAML document; see `load_config` for the errors."""
+    if not isinstance(raw, dict):
+        raise ConfigError("The config is not a mapping", where=where, found=type(raw).__name__)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(**_explain(error, where)) from error
+    try:
+        groups = config.groups
+    except RecipeError as error:
+        error.where = f"{where}: {error.where or 'recipe'}"
+        raise
+    if not groups:
+        raise RecipeError("The recipe has no config group", where=where, hint="see configs/ for examples")
+    if config.needs_data and config.calibration is None:
+        raise ConfigError(
+            "The recipe has calibrated activations but the config has no calibration section",
+            where=where,
+            expected="calibration with at least a dataset",
+        )
+    return config
+
+
+def with_dataset(config: Config, dataset: str) -> Config:
+    """The same config on other data (`--data`).
+
+    Raises:
+        ConfigError: the config calibrates nothing.
+    """
+    if config.calibration is None:
+        raise ConfigError("This config calibrates nothing, so --data has no effect", where="--data", found=dataset)
+    return config.model_copy(
+        update={"calibration": config.calibration.model_copy(update={"dataset": dataset, "split": None})}
+    )
+
+
+def _explain(error: ValidationError, where: str) -> dict[str, str]:
+    """First problem of a pydantic error in our words, the number of the others in the hint."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "top level"
+    what = "Unknown key in the config" if first["type"] == "extra_forbidden" else f"Wrong value in the config: {key}"
+    details = {"what": what, "where": f"{where}: {key}", "expected": first["msg"], "found": repr(first["input"])[:200]}
+    if first["type"] == "extra_forbidden":
+        details["expected"] = "only keys that docs/config.md lists"
+    if error.error_count() > 1:
+        details["hint"] = f"{error.error_count() - 1} more problem(s) in this config"
+    return details
+
+
+def _modifier(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the one QuantizationModifier of a recipe."""
+    found: list[tuple[str, Any]] = []
+    for stage, modifiers in recipe.items():
+        if not stage.endswith("_stage") or not isinstance(modifiers, dict):
+            raise RecipeError(
+                "The recipe is not in llmcompressor's form",
+                where=f"recipe.{stage}",
+                expected="<name>_stage: <name>_modifiers: QuantizationModifier: ...",
+                found=stage,
+            )
+        for group, members in modifiers.items():
+            if not group.endswith("_modifiers") or not isinstance(members, dict):
+                raise RecipeError(
+                    "The recipe is not in llmcompressor's form",
+                    where=f"recipe.{stage}.{group}",
+                    expected="<name>_modifiers: QuantizationModifier: ...",
+                    found=group,
+                )
+            found += members.items()
+    names = [name for name, _ in found]
+    if names != ["QuantizationModifier"] or not isinstance(found[0][1], dict):
+        raise RecipeError(
+            "dsv4q runs recipes with exactly one QuantizationModifier",
+            where="recipe",
+            expected="QuantizationModifier",
+            found=", ".join(names) or "no modifier",
+        )
+    return dict(found[0][1])
+
+
+def _groups(recipe: dict[str, Any]) -> dict[str, Scheme]:
+    modifier = _modifier(recipe)
+    if set(modifier) <= {"config_groups", "ignore"} and isinstance(modifier.get("config_groups"), dict):
+        raw = modifier["config_groups"]
+        if all(isinstance(group, dict) for group in raw.values()):
+            return {name: _scheme(name, group) for name, group in raw.items()}
+    return _resolve_with_library(recipe)
+
+
+def _scheme(name: str, raw: dict[str, Any]) -> Scheme:
+    try:
+        return Scheme.model_validate(raw)
+    except ValidationError as error:
+        details = _explain(error, f"recipe: config_groups.{name}")
+        raise RecipeError(**{**details, "what": details["what"].replace("config", "recipe", 1)}) from error
+
+
+def _resolve_with_library(recipe: dict[str, Any]) -> dict[str, Scheme]:
+    """Let llmcompressor expand presets (`scheme: NVFP4`) and observer shorthands (imports it: seconds)."""
+    from llmcompressor.recipe import Recipe
+
+    try:
+        modifier = Recipe.from_dict(recipe).modifiers[0]
+        groups = modifier.resolved_config.config_groups
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise RecipeError("llmcompressor refuses this recipe", where="recipe", found=error) from error
+    return {name: _scheme(name, group.model_dump(mode="json", exclude_unset=True)) for name, group in groups.items()}

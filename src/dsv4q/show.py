@@ -1,0 +1,93 @@
+"""Plans and verdicts as text for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dsv4q.checkpoint.plan import Plan
+from dsv4q.console import Console, human_bytes
+
+if TYPE_CHECKING:
+    from dsv4q.checkpoint.verify import VerifyResult
+
+_DRAFTS = {
+    "none": "no draft",
+    "mtp": "a multi-token-prediction block",
+    "dspark": "a DSpark draft, which is not MTP",
+    "unknown": "something under mtp. that is neither MTP nor DSpark",
+}
+
+SHOWN = 20
+"""Differences and problems printed in full; `--json` has all of them."""
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Counts, shards, needs and problems of a plan."""
+    facts = plan.as_dict()
+    source, artifact, needs = facts["source"], facts["artifact"], facts["needs"]
+    console.table(
+        "Tensors",
+        ["class", "source tensors", "source bytes", "artifact tensors", "artifact bytes"],
+        [
+            [name, f"{here['tensors']:,}", human_bytes(here["bytes"]), *_there(artifact["classes"].get(name))]
+            for name, here in source["classes"].items()
+        ],
+    )
+    console.table(
+        "Shards",
+        ["file", "tensors", "bytes", "blocks"],
+        [[s["file"], f"{s['tensors']:,}", human_bytes(s["bytes"]), _span(s["blocks"])] for s in artifact["shards"]],
+    )
+    console.print(f"source     {source['tensors']:,} tensors, {human_bytes(source['bytes'])}")
+    console.print(
+        f"artifact   {artifact['tensors']:,} tensors, {human_bytes(artifact['bytes'])}, "
+        f"in {len(artifact['shards'])} shards"
+    )
+    console.print(
+        f"draft      {_DRAFTS[source['draft']]} in the source; {artifact['mtp_tensors']} mtp.* tensors "
+        f"({human_bytes(artifact['mtp_bytes'])}) in the artifact"
+    )
+    free = needs["free_disk_bytes"]
+    console.print(
+        f"needs      host memory {human_bytes(needs['host_bytes'])}, GPU memory {human_bytes(needs['gpu_bytes'])} "
+        f"(if one is used), disk {human_bytes(needs['disk_bytes'])}"
+        + ("" if free is None else f" ({human_bytes(free)} free here)")
+    )
+    console.print(f"data       {needs['calibration_tokens']:,} calibration tokens")
+    if not plan.problems:
+        console.print("problems   none")
+    for problem in plan.problems[:SHOWN]:
+        console.error(problem)
+    if len(plan.problems) > SHOWN:
+        console.warn(f"{len(plan.problems) - SHOWN} more problems; --json lists them all")
+
+
+def _there(entry: dict[str, int] | None) -> list[str]:
+    return ["-", "-"] if entry is None else [f"{entry['tensors']:,}", human_bytes(entry["bytes"])]
+
+
+def _span(blocks: list[str]) -> str:
+    return blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
+
+
+def show_verification(result: VerifyResult, console: Console) -> None:
+    """What was examined, every difference up to `SHOWN`, and the verdict."""
+    console.table("Checks", ["check", "examined"], [[name, f"{n:,}"] for name, n in result.checks.items()])
+    for role, errors in result.errors.items():
+        console.print(f"{role}: " + ", ".join(f"{name} {_number(value)}" for name, value in errors.items()))
+    for difference in result.differences[:SHOWN]:
+        place = " in ".join(part for part in (difference.tensor, difference.file) if part)
+        console.print(f"DIFFERENCE {difference.check}: {place}")
+        console.print(f"  expected: {difference.expected}")
+        console.print(f"  found: {difference.found}")
+    if len(result.differences) > SHOWN:
+        console.print(f"… and {len(result.differences) - SHOWN:,} more; --json lists them all")
+    verdict = "as it must be" if result.ok else f"{len(result.differences):,} difference(s)"
+    console.print(
+        f"{result.artifact}: {result.tensors:,} tensors, {result.mtp_tensors} of them mtp.*, "
+        f"in {result.shards} shards, {human_bytes(result.bytes)}: {verdict}"
+    )
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,24 @@
+"""Settings of every test process. They come before the first import of torch and the Hugging Face libraries."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# The user's caches and tokens stay out of the tests, and what the tests cache goes with them.
+_HOME = tempfile.mkdtemp(prefix="dsv4q-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+
+os.environ |= {
+    # The tensors are tiny: threads cost more than they bring, and one thread always adds up in the same order.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HOME": _HOME,
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE"):
+    os.environ.pop(_name, None)

@@ -1,0 +1,86 @@
+"""What stock llmcompressor makes of a checkpoint of ours: the yardstick of the streaming pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dsv4q.calibration.data import load_calibration, load_tokenizer
+from dsv4q.config import Mtp, load_config
+from dsv4q.console import Console, Mode
+from dsv4q.quantize import Job, data_spec, quantize
+from dsv4q.toy import write_toy
+from stock import as_bytes, assert_same_tensors, run_stock, write_tiny
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def stock_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensors, Tensors]:
+    """Tensors of a tiny source and of what stock made of it, both under upstream names."""
+    folder = tmp_path_factory.mktemp("stock")
+    source = write_tiny(folder / "source")
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randint(0, 512, (2, 160), generator=generator) for _ in range(2)]
+    return source, run_stock(folder / "source", folder / "out", batches)
+
+
+def test_stock_writes_upstream_names_in_the_dtypes_of_the_contract(stock_run: tuple[Tensors, Tensors]) -> None:
+    _, made = stock_run
+    expert = {"weight_packed": torch.uint8, "weight_scale": torch.float8_e4m3fn,
+              "weight_global_scale": torch.float32, "input_global_scale": torch.float32}  # fmt: skip
+    attention = {"weight": torch.float8_e4m3fn, "weight_scale": torch.bfloat16}
+    for module, parts in (("layers.4.ffn.experts.7.w2", expert), ("layers.0.attn.wo_a", attention)):
+        assert {n.removeprefix(f"{module}."): t.dtype for n, t in made.items() if n.startswith(f"{module}.")} == parts
+
+
+def test_stock_quantizes_all_targets_and_no_other_tensor(stock_run: tuple[Tensors, Tensors]) -> None:
+    source, made = stock_run
+    changed = {
+        name
+        for name, tensor in source.items()
+        if name not in made
+        or tensor.dtype != made[name].dtype
+        or not torch.equal(as_bytes(tensor), as_bytes(made[name]))
+    }
+    experts = {n for n in source if n.startswith("layers.") and ".experts." in n}
+    attention = {f"layers.{i}.attn.{p}.weight" for i in range(5) for p in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")}
+    assert changed == experts | attention
+
+
+def test_stock_gives_both_halves_of_an_expert_the_same_global_scales(stock_run: tuple[Tensors, Tensors]) -> None:
+    _, made = stock_run
+    for name, tensor in made.items():
+        if ".w1." in name and name.endswith("global_scale"):
+            assert torch.equal(tensor, made[name.replace(".w1.", ".w3.")]), name
+            assert torch.isfinite(tensor).all() and (tensor > 0).all(), name
+
+
+@pytest.mark.parametrize("config_name", ["toy", "w4a16-fp8-mtp"])
+def test_the_streaming_artifact_is_what_stock_writes_bit_for_bit(tmp_path: Path, config_name: str) -> None:
+    job = toy_job(tmp_path, config_name)
+    quantize(job, Console(Mode.QUIET))
+    stock = run_stock(job.source, tmp_path / "stock", calibration_batches(job), yaml.safe_dump(job.config.recipe))
+    assert_same_tensors(stock, job.out)
+
+
+def toy_job(folder: Path, config_name: str) -> Job:
+    """A toy source and a shipped config, without the copies of the shared head, which stock has no notion of."""
+    write_toy(folder / "source")
+    config = load_config(CONFIGS / f"{config_name}.yaml")
+    toy = load_config(CONFIGS / "toy.yaml")
+    changes = {"calibration": config.calibration and toy.calibration, "mtp": Mtp(shared_head_copies=False)}
+    return Job(folder / "source", folder / "artifact", config.model_copy(update=changes), device="cpu")
+
+
+def calibration_batches(job: Job) -> list[torch.Tensor]:
+    """The micro-batches that `quantize` uses; where it needs none, one batch for stock, which always wants data."""
+    wanted = data_spec(job)
+    if wanted is None:
+        return [torch.zeros((1, 8), dtype=torch.int64)]
+    return list(load_calibration(wanted[0], load_tokenizer(job.source), wanted[1]).batches)
