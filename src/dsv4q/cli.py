@@ -184,6 +184,9 @@ def _folder_bytes(folder: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command, turn what goes wrong into text and an exit code."""
+    if not os.environ.get("DSV4Q_DEBUG"):
+        # llmcompressor logs from its import on, before anybody can ask it not to
+        os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
     try:
         code = app(args=arguments, standalone_mode=True)
     except Dsv4qError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4q import __version__
 from dsv4q.checkpoint.finish import write_small_files
-from dsv4q.checkpoint.journal import REPORT, WORK, Journal, check_output, first_difference, is_finished
+from dsv4q.checkpoint.journal import REPORT, Journal, check_output, first_difference, is_finished
 from dsv4q.checkpoint.plan import Plan, free_bytes, make_plan, require_weights, with_problem
 from dsv4q.checkpoint.source import Checkpoint, open_checkpoint, scan
 from dsv4q.checkpoint.verify import verify_headers
@@ -76,7 +76,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         data = _load_data(job, plan)
         _same_threads(job)
         identity = _identity(job, source, data, device)
-        if is_finished(job.out) and not (job.out / WORK).is_dir():
+        if is_finished(job.out):
             return _already_there(job, identity)
         journal = Journal.open(job.out, identity, resume=job.resume)
         try:
@@ -265,6 +265,8 @@ def _already_there(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
             found=now,
             hint="choose another folder, or delete this artifact yourself",
         )
+    # The index is the last file of all, so a crash after it can only have left the work folder behind.
+    Journal.remove_leftovers(job.out)
     return report
 
 

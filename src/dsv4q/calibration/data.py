@@ -95,11 +95,11 @@ class CalibrationData:
 
 
 def encode_chat(messages: Sequence[Mapping[str, Any]], mode: str) -> str:
-    """Text of one conversation, special tokens included, as the release's `encoding/` folder defines it.
+    """Text of one conversation, special tokens included, as DeepSeek-V4 wants it (the release has no Jinja template).
 
-    BOS, the bare system text, `<｜User｜>` + text for a user, `<｜Assistant｜>` + thought + text + EOS for an assistant.
-    The thought is `</think>` in chat mode; in thinking mode `<think>` + reasoning_content (may be absent) +
-    `</think>`.
+    BOS; the bare text of a system message; `<｜User｜>` + text; `<｜Assistant｜>` + thought + text + EOS.
+    The thought is `</think>` in chat mode, `<think>` + reasoning_content (may be absent) + `</think>` in thinking
+    mode.
 
     Raises:
         DataError: unknown mode or role, no message at all, a message of the wrong form.
@@ -362,11 +362,13 @@ def _parse_tokenizer(cls: type[Tokenizer], text: str, file: Path) -> Tokenizer:
 def _open(spec: DataSpec, base: Path | None) -> _Rows:
     path = _locate(spec, base)
     if path is None:
-        rows: _Rows = _hub_rows(spec)
+        rows: _TableRows | _FileRows = _hub_rows(spec)
     elif _is_saved(path):
         rows = _saved_rows(path, spec.split)
     else:
         rows = _FileRows(path, _files(path, spec.split))
+        if spec.split is not None and path.is_file():
+            rows.name += f" (a file has no splits: {spec.split} has no effect)"
     if not len(rows):
         raise _empty(rows.name)
     return rows
@@ -552,7 +554,7 @@ class _ParquetFile:
     """A parquet file; one row group is held in memory, and only its columns that are used."""
 
     def __init__(self, path: Path) -> None:
-        import pyarrow.parquet
+        import pyarrow.parquet  # type: ignore[import-untyped]
 
         self.path, self.name = path, str(path)
         try:

@@ -197,7 +197,8 @@ def build_meta_model(config: Mapping[str, Any], name_or_path: str) -> DeepseekV4
         config: a parsed config.json; its `quantization_config` is left out, for the model computes in BF16.
         name_or_path: what llmcompressor will read config.json from (`oneshot` refuses a model without it).
     """
-    settings = {key: value for key, value in config.items() if key != "quantization_config"}
+    # A deep copy, for DeepseekV4Config writes into the nested mappings that it is given (rope_scaling).
+    settings = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
     settings.setdefault("num_nextn_predict_layers", 0)
     hf_config = DeepseekV4Config.from_dict(settings)
     hf_config.dtype = torch.bfloat16

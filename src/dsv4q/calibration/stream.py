@@ -11,6 +11,7 @@ Shape letters: B batch, S sequence, C hc_mult, D hidden_size.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import defaultdict
@@ -162,6 +163,7 @@ class BlockStream:
             with watch.stage("forward"):
                 record["tokens_per_expert"] = self._forward(index)
         with watch.stage("statistics"):
+            modules.check_observed()
             LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
             record["experts_without_tokens"] = modules.settle_input_scales(self.plan.config.activations)
         record |= self._encode(modules, watch)
@@ -307,6 +309,22 @@ class _Modules:
                 if not name.endswith("zero_point"):
                     fresh.fill_(float("nan"))
                 module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=False)
+
+    def check_observed(self) -> None:
+        """Refuse non-finite input statistics: compressed-tensors would turn them into a global scale of 1.0."""
+        for spec, module, _ in self._items:
+            observer = getattr(module, "input_observer", None)
+            if observer is None or not observer.has_statistics:
+                continue
+            amax = float(torch.maximum(observer.min_vals.abs(), observer.max_vals.abs()).amax())
+            if not math.isfinite(amax):
+                raise CalibrationError(
+                    "The activations became non-finite while calibrating",
+                    where=f"input of {spec.module}",
+                    expected="a finite largest magnitude",
+                    found=amax,
+                    hint="the source's weights of this layer are damaged or not of this architecture",
+                )
 
     def settle_input_scales(self, activations: Any) -> list[int]:
         """Apply fallback and headroom to `input_global_scale`; returns the experts that saw no token.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.utils import get_direct_state_dict
+from compressed_tensors.quantization.lifecycle import apply
+from compressed_tensors.utils import get_direct_state_dict, patch_attr
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
 from torch import nn
@@ -22,6 +23,8 @@ from transformers import PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.utils import logging as transformers_logging
+
+_TALKATIVE = ("llmcompressor", "compressed_tensors")
 
 F32_TENSORS = ("attn_hc", "ffn_hc", "hc_head", "sinks", "position_bias", "e_score_correction_bias")
 """Parts of transformers names whose tensors the checkpoint stores as F32 and whose module computes with them so."""
@@ -102,16 +105,16 @@ def quiet_libraries() -> Iterator[None]:
     if os.environ.get("DSV4Q_DEBUG"):
         yield
         return
-    names = ("llmcompressor", "compressed_tensors")
-    for name in names:
+    for name in _TALKATIVE:
         logger.disable(name)
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with patch_attr(apply, "tqdm", lambda items, **_: items):
+            yield
     finally:
         transformers_logging.set_verbosity(before)
-        for name in names:
+        for name in _TALKATIVE:
             logger.enable(name)
 
 

@@ -101,17 +101,7 @@ class Journal:
         """Lock `out` and read what is done; with `resume=False` forget it."""
         folder = out / WORK
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise OutputError(
-                "Another run is writing into this folder",
-                where=out,
-                hint="wait for it, or choose another output folder",
-            ) from None
-        journal = cls(folder, lock)
+        journal = cls(folder, _take_lock(folder))
         try:
             journal._load(dict(identity), resume)
         except BaseException:
@@ -179,8 +169,33 @@ class Journal:
         self.folder.rmdir()
         fsync_folder(self.folder.parent)
 
+    @classmethod
+    def remove_leftovers(cls, out: Path) -> None:
+        """Delete the work folder of a finished artifact, if a crash left it."""
+        folder = out / WORK
+        if folder.is_dir():
+            journal = cls(folder, _take_lock(folder))
+            try:
+                journal.remove()
+            finally:
+                journal.close()
+
     def close(self) -> None:
         os.close(self._lock)
+
+
+def _take_lock(folder: Path) -> int:
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputError(
+            "Another run is writing into this folder",
+            where=folder.parent,
+            hint="wait for it, or choose another output folder",
+        ) from None
+    return lock
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

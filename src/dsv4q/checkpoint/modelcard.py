@@ -123,7 +123,11 @@ def _parts(plan: Plan, mtp: bool) -> list[tuple[str, str]]:
 
 
 def _title(plan: Plan) -> str:
-    forms = [f"{s.weights.type.upper()}{s.weights.num_bits}" for s in plan.config.groups.values()]
+    names = {NVFP4: "NVFP4"}
+    forms = [
+        names.get(s.compression_format, f"{'FP' if s.weights.type == 'float' else 'INT'}{s.weights.num_bits}")
+        for s in plan.config.groups.values()
+    ]
     return " and ".join(dict.fromkeys(forms))
 
 

@@ -1,10 +1,10 @@
-"""The artifact's quantization_config, judged alone: which linear is stored how, and whether the consumer will see it so.
+"""The artifact's quantization_config, judged alone: how each linear is stored, and whether the consumer sees it so.
 
 The consumer (vLLM) builds the main model under upstream names, the draft under `model.layers.{num_hidden_layers + i}`
 with the same quantization_config, and asks of every linear: does a target match, does an ignore entry match. A target
 or ignore entry is a regular expression for `re.match` after `re:`, else an exact name or the class name `Linear`
-(compressed-tensors `utils/match.py`). So this module plays that game for every linear in both vocabularies and under every prefix,
-instead of looking for literal entries.
+(compressed-tensors `utils/match.py`). So this module plays that game for every linear in both vocabularies and under
+every prefix, instead of looking for literal entries.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ CONFIG = "config.json"
 
 # Fields of compressed-tensors 0.17 (`quantization/quant_config.py`, `quant_scheme.py`, `quant_args.py`), which refuses
 # unknown ones in groups and arguments; `version`, `sparsity_config` and `transform_config` are read by its consumers.
-TOP_FIELDS = frozenset(
-    "config_groups quant_method kv_cache_scheme format quantization_status global_compression_ratio ignore version"
-    " sparsity_config transform_config".split()
-)
-GROUP_FIELDS = frozenset("targets weights input_activations output_activations format".split())
-ARGS_FIELDS = frozenset(
-    "num_bits type symmetric group_size strategy block_structure dynamic actorder scale_dtype zp_dtype observer"
-    " observer_kwargs".split()
-)
-STOCK_OBSERVERS = frozenset(
-    "memoryless_minmax static_minmax minmax memoryless_mse mse nvfp4_expanded_mse fouroversix imatrix_mse"
-    " nvfp4_expanded_imatrix".split()
-)
+TOP_FIELDS = frozenset({
+    "config_groups", "quant_method", "kv_cache_scheme", "format", "quantization_status", "global_compression_ratio",
+    "ignore", "version", "sparsity_config", "transform_config",
+})  # fmt: skip
+GROUP_FIELDS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
+ARGS_FIELDS = frozenset({
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
+    "zp_dtype", "observer", "observer_kwargs",
+})  # fmt: skip
+STOCK_OBSERVERS = frozenset({
+    "memoryless_minmax", "static_minmax", "minmax", "memoryless_mse", "mse", "nvfp4_expanded_mse", "fouroversix",
+    "imatrix_mse", "nvfp4_expanded_imatrix",
+})  # fmt: skip
 
 _ARGS_DEFAULTS: dict[str, Any] = {
     "num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "strategy": None, "block_structure": None,
@@ -44,15 +44,17 @@ _ARGS_DEFAULTS: dict[str, Any] = {
 NVFP4, FP8, INT = "nvfp4-pack-quantized", "float-quantized", "pack-quantized"
 
 # What the arguments of each format must say; a field that is not named here is free.
+_FP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 _WEIGHTS: dict[str, dict[str, Any]] = {
-    NVFP4: {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16, "dynamic": False},
-    FP8: {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [128, 128], "dynamic": False},
+    NVFP4: {**_FP4, "dynamic": False},
+    FP8: {**_FP8, "strategy": "block", "block_structure": [128, 128], "dynamic": False},
     INT: {"type": "int", "symmetric": True, "dynamic": False},
-}  # fmt: skip
+}
 _INPUTS: dict[str, dict[str, Any]] = {
-    NVFP4: {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"},
-    FP8: {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": True},
-}  # fmt: skip
+    NVFP4: {**_FP4, "dynamic": "local"},
+    FP8: {**_FP8, "strategy": "group", "group_size": 128, "dynamic": True},
+}
 _SCALE_DTYPES: dict[str, frozenset[Any]] = {NVFP4: frozenset({None, "torch.float8_e4m3fn"})}
 
 Stored = dict[str, tuple[tuple[str, ...], Shape]]
@@ -102,7 +104,9 @@ class _Patterns:
                 try:
                     self.regexes[entry] = re.compile(entry.removeprefix("re:"))
                 except re.error as error:
-                    log.differs("config", file=CONFIG, expected=f"a regular expression in {where}", found=f"{entry}: {error}")
+                    log.differs(
+                        "config", file=CONFIG, expected=f"a regular expression in {where}", found=f"{entry}: {error}"
+                    )
 
     def match(self, name: str) -> str | None:
         """The entry that matches a linear of this name. All modules asked about are taken for linears."""
@@ -130,9 +134,7 @@ def judge_config(config: Mapping[str, Any], dims: Dims, specs: Sequence[TensorSp
     """Check quantization_config; returns the scheme of every main linear that it quantizes, by upstream module name."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
-        log.differs(
-            "config", file=CONFIG, expected="quantization_config: an object", found=type(quantization).__name__
-        )
+        log.differs("config", file=CONFIG, expected="quantization_config: an object", found=type(quantization).__name__)
         return {}
     groups = _groups(quantization, log)
     ignore = _Patterns(_strings(quantization.get("ignore"), "ignore", log), "ignore", log)
@@ -232,14 +234,19 @@ def _int_columns(weights: Mapping[str, Any], where: str, log: Log) -> int | None
     if not (strategy == "channel" and size in (None, -1)):
         found = f"strategy {strategy!r}, group_size {size!r}"
         log.differs(
-            "config", file=CONFIG, expected=f"{where}.weights: strategy group with a group_size, or channel", found=found
+            "config",
+            file=CONFIG,
+            expected=f"{where}.weights: strategy group with a group_size, or channel",
+            found=found,
         )
     return None
 
 
 def _arguments(value: object, where: str, log: Log) -> dict[str, Any] | None:
     if not isinstance(value, dict):
-        log.differs("config", file=CONFIG, expected=f"{where}: an object", found="null" if value is None else repr(value))
+        log.differs(
+            "config", file=CONFIG, expected=f"{where}: an object", found="null" if value is None else repr(value)
+        )
         return None
     _unknown(value, ARGS_FIELDS, where, log)
     return _ARGS_DEFAULTS | value
@@ -258,7 +265,9 @@ def _check_arguments(
     allowed = _SCALE_DTYPES.get(kind, frozenset({None}))
     if arguments.get("scale_dtype") not in allowed:
         found = repr(arguments["scale_dtype"])
-        log.differs("config", file=CONFIG, expected=f"{where}scale_dtype: one of {sorted(map(str, allowed))}", found=found)
+        log.differs(
+            "config", file=CONFIG, expected=f"{where}scale_dtype: one of {sorted(map(str, allowed))}", found=found
+        )
 
 
 # ------------------------------------------------------------------------------------------------ targets and ignore
