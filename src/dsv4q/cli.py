@@ -9,15 +9,31 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
+from dsv4q import __version__
 from dsv4q.console import Console, Mode, human_bytes, human_seconds
-from dsv4q.errors import Dsv4qError, Interrupted
+from dsv4q.errors import DiskError, Dsv4qError, Interrupted
+
+
+class _Commands(TyperGroup):
+    """typer turns Ctrl-C into exit code 130 without a word before `main` sees it, so it is caught in here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            kept = "what was finished is kept; the same command goes on from there"
+            hint = kept if ctx.invoked_subcommand == "quantize" else None
+            raise Interrupted("Stopped before the end", hint=hint) from None
+
 
 app = typer.Typer(
     name="dsv4q",
+    cls=_Commands,
     help="Quantize DeepSeek-V4 checkpoints for vLLM, with the MTP draft intact.",
     no_args_is_help=True,
     add_completion=False,
@@ -43,6 +59,21 @@ class _State:
     console = Console()
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dsv4q {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize DeepSeek-V4 checkpoints for vLLM, with the MTP draft intact."""
+
+
 @app.command()
 def toy(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write the checkpoint into.")],
@@ -51,7 +82,11 @@ def toy(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a small but complete DeepSeek-V4 checkpoint with random weights, to try things on."""
+    """Write a small checkpoint to try things on.
+
+    A complete DeepSeek-V4 in everything but size: every kind of layer, an MTP layer, several shards, a tokenizer
+    and chat samples. The weights are random.
+    """
     from dsv4q.toy import ToyConfig, load_toy_config, write_toy
 
     console = _console(as_json, quiet)
@@ -73,9 +108,9 @@ def plan(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a run would read, write and need, and every problem with it. Reads no tensor.
+    """Say what a run would read, write and need.
 
-    Exit code 1 if there is a problem.
+    Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
     from dsv4q.checkpoint.plan import free_bytes, make_plan
     from dsv4q.checkpoint.source import scan
@@ -115,7 +150,7 @@ def quantize(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a checkpoint into an artifact that vLLM serves as it is.
+    """Quantize a checkpoint into an artifact for vLLM.
 
     Can be stopped at any moment: the same command goes on where it was and gives the same bytes.
     """
@@ -152,9 +187,10 @@ def verify_shards(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Judge an artifact independently of how it was made: names, dtypes, shapes, scales, bytes.
+    """Judge an artifact, however it was made.
 
-    Exit code 3 if anything differs from what config.json and the format demand.
+    Names, dtypes, shapes and config by default; the data too with --deep; every byte against the checkpoint it was
+    made from with --source. Exit code 3 if anything differs from what config.json and the format demand.
     """
     from dsv4q.checkpoint.verify import verify
     from dsv4q.show import show_verification
@@ -187,26 +223,42 @@ def main(arguments: list[str] | None = None) -> None:
     if not os.environ.get("DSV4Q_DEBUG"):
         # llmcompressor logs from its import on, before anybody can ask it not to
         os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
+    _open_standard_streams()
     try:
-        code = app(args=arguments, standalone_mode=True)
+        app(args=arguments)
     except Dsv4qError as error:
         _fail(error)
     except KeyboardInterrupt:
+        _fail(Interrupted("Stopped before the end"))
+    except OSError as error:
         _fail(
-            Interrupted(
-                "Stopped before the end",
-                hint="what was finished is kept; the same command goes on from there",
+            DiskError(
+                "The system refused a file operation",
+                where=error.filename,
+                found=error.strerror or error,
+                hint="DSV4Q_DEBUG=1 shows where",
             )
         )
-    except BrokenPipeError:
-        # The reader of a pipe went away (`| head`): nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(code or 0)
 
 
-def _fail(error: Dsv4qError) -> Any:
+def _open_standard_streams() -> None:
+    """Occupy descriptors 0 to 2 where the caller closed them: the next file opened would get their numbers, and
+    with them whatever a library prints."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+
+
+def _fail(error: Dsv4qError) -> NoReturn:
     if os.environ.get("DSV4Q_DEBUG"):
         raise error
-    _State.console.error(error)
+    try:
+        _State.console.error(error)
+    except OSError:
+        # stdout itself is what failed; in quiet mode errors go to stderr
+        Console(Mode.QUIET).error(error)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python flushes the old one again at its exit
     sys.exit(error.exit_code)

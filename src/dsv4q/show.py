@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsv4q.checkpoint.plan import Plan
-from dsv4q.console import Console, human_bytes
+from dsv4q.console import Console, Mode, human_bytes
 
 if TYPE_CHECKING:
     from dsv4q.checkpoint.verify import VerifyResult
@@ -22,7 +22,9 @@ SHOWN = 20
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Counts, shards, needs and problems of a plan."""
+    """Counts, shards, needs and problems of a plan. Nothing in json mode: the plan's own object has all of it."""
+    if console.mode == Mode.JSON:
+        return
     facts = plan.as_dict()
     source, artifact, needs = facts["source"], facts["artifact"], facts["needs"]
     console.table(

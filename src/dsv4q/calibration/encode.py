@@ -37,24 +37,27 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 
 @torch.no_grad()
-def nvfp4_encode(weight: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
+def nvfp4_encode(
+    weight: Tensor, block_scale: Tensor, global_scale: Tensor, *, keep_negative_zero: bool = False
+) -> Tensor:
     """Round a weight to E2M1 under given scales and pack it.
 
     Args:
         weight: BF16, F16 or F32 [..., M, N], N a multiple of 16.
         block_scale: E4M3 values, as F8_E4M3 or any wider float, [..., M, N/16], positive.
         global_scale: F32 divisor, one element, or one per leading index ([...] or [..., 1]).
+        keep_negative_zero: store -0.0 as -0, so that weights on the grid come back bit for bit. compressed-tensors
+            does not (`cast_to_fp4`): there only what is strictly negative after scaling has the sign bit.
 
     Returns:
-        U8 [..., M, N/2]. Ties go to the even index; only what is strictly negative after scaling has the sign bit, so
-        -0.0 is stored as +0 and a small negative value as -0 (`cast_to_fp4` in compressed-tensors). NaN becomes 0.
+        U8 [..., M, N/2]. Ties go to the even index; a small negative value is stored as -0. NaN becomes 0.
 
     Raises:
         ValueError: shapes do not fit together.
     """
     _check_groups(weight, block_scale, NVFP4_GROUP)
     scaled = torch.unflatten(weight, -1, (-1, NVFP4_GROUP)) / nvfp4_scale(block_scale, global_scale).unsqueeze(-1)
-    codes = _e2m1_codes(scaled).flatten(-2)
+    codes = _e2m1_codes(scaled, torch.signbit(scaled) if keep_negative_zero else scaled < 0).flatten(-2)
     return codes[..., 0::2] | codes[..., 1::2].bitwise_left_shift_(4)
 
 
@@ -62,7 +65,7 @@ def nvfp4_encode(weight: Tensor, block_scale: Tensor, global_scale: Tensor) -> T
 def nvfp4_decode(packed: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
     """F32 values [..., M, N] of U8 `packed` [..., M, N/2]; scales as in `nvfp4_encode`. -0 keeps its sign."""
     pairs = _e2m1_pairs(packed.device).index_select(0, packed.flatten().to(torch.int32))
-    values = pairs.view(*packed.shape[:-1], -1, NVFP4_GROUP)
+    values = pairs.view(*packed.shape[:-1], packed.shape[-1] * 2 // NVFP4_GROUP, NVFP4_GROUP)
     _check_groups(values.flatten(-2), block_scale, NVFP4_GROUP)
     return values.mul_(nvfp4_scale(block_scale, global_scale).unsqueeze(-1)).flatten(-2)
 
@@ -79,13 +82,14 @@ def nvfp4_scale(block_scale: Tensor, global_scale: Tensor) -> Tensor:
     return block_scale.to(torch.float32) / global_scale.to(torch.float32)
 
 
-def _e2m1_codes(scaled: Tensor) -> Tensor:
-    """Nibbles as U8, one per element. Consumes `scaled` (F32): it is changed in place to save its size in memory.
+def _e2m1_codes(scaled: Tensor, negative: Tensor) -> Tensor:
+    """Nibbles as U8, one per element, the sign bit where `negative`.
+
+    Consumes `scaled` (F32): it is changed in place to save its size in memory.
 
     The index is the number of decision points passed. A point that is a tie belongs to the even index: 0.25 to 0 and
     1.25 to 2, so those are strict; 0.75 to 2 and 1.75 to 4, so those are not.
     """
-    negative = scaled < 0
     magnitude = scaled.abs_()
     codes = negative.view(torch.uint8).bitwise_left_shift_(3)
     codes += magnitude > 0.25

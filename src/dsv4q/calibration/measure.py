@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,18 +49,21 @@ class Errors:
     """Largest relative (Frobenius) error of one tensor."""
     worst_tensor: str = ""
 
-    def add(self, name: str, weight: torch.Tensor, stored: torch.Tensor) -> None:
-        """Count one tensor: `weight` of the source, `stored` F32 of the same shape."""
-        reference = weight.detach().to(torch.float32)
-        error = float((stored - reference).square().sum(dtype=torch.float64))
-        power = float(reference.square().sum(dtype=torch.float64))
-        relative = math.sqrt(error / power) if power else (math.inf if error else 0.0)
-        self.tensors += 1
-        self.exact += error == 0.0
-        self.squared_error += error
-        self.squared_weight += power
-        if relative >= self.worst:
-            self.worst, self.worst_tensor = relative, name
+    def add(self, names: Sequence[str], weights: torch.Tensor, stored: torch.Tensor) -> None:
+        """Count tensors: `weights` of the source and `stored` F32, both [len(names), out, in]."""
+        reference = weights.detach().to(torch.float32)
+        errors = (stored - reference).square_().sum(dim=(1, 2), dtype=torch.float64).tolist()
+        powers = reference.square().sum(dim=(1, 2), dtype=torch.float64).tolist()
+        # Bits, not values: a -0 that became +0 is not the source's element.
+        same = (stored.view(torch.int32) == reference.view(torch.int32)).flatten(1).all(dim=1).tolist()
+        for name, error, power, exact in zip(names, errors, powers, same, strict=True):
+            relative = math.sqrt(error / power) if power else (math.inf if error else 0.0)
+            self.tensors += 1
+            self.exact += exact
+            self.squared_error += error
+            self.squared_weight += power
+            if relative >= self.worst:
+                self.worst, self.worst_tensor = relative, name
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Errors:
@@ -85,3 +92,21 @@ class Errors:
         """The sums, and what follows from them."""
         sums = {key: getattr(self, key) for key in self.__dataclass_fields__}
         return {**sums, "relative_error": self.relative, "sqnr_db": self.sqnr_db}
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage of one block."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            self.seconds[name] += time.perf_counter() - begin

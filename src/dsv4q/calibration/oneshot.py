@@ -17,6 +17,7 @@ with quiet_libraries():
     from llmcompressor import oneshot
     from llmcompressor.core import reset_session
 
+    from dsv4q.calibration import observers  # noqa: F401 - registers them for recipes
     from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP, build_meta_model, rebuild_rotary
     from dsv4q.calibration.stream import PIPELINE, BlockStream
 

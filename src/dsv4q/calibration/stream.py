@@ -11,12 +11,9 @@ Shape letters: B batch, S sequence, C hc_mult, D hidden_size.
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +25,7 @@ from llmcompressor.utils.helpers import DisableQuantization, calibration_forward
 from safetensors.torch import load_file, save_file
 
 from dsv4q.calibration.data import CalibrationData
-from dsv4q.calibration.measure import Errors, decoded, tensor_bytes
+from dsv4q.calibration.measure import Errors, Stopwatch, tensor_bytes
 from dsv4q.calibration.model import (
     BlockInputs,
     DeepseekV4ForCausalLMWithMTP,
@@ -38,7 +35,7 @@ from dsv4q.calibration.model import (
     run_block,
     set_tensor,
 )
-from dsv4q.calibration.upstream import encode_module
+from dsv4q.calibration.modules import GLOBAL_SCALES, BlockModules, check_scales
 from dsv4q.checkpoint.journal import Journal, fsync_folder
 from dsv4q.checkpoint.layout import TensorSpec
 from dsv4q.checkpoint.plan import Plan, PlannedTensor
@@ -47,7 +44,6 @@ from dsv4q.checkpoint.writer import ShardWriter
 from dsv4q.errors import CalibrationError, ResumeError, WeightError
 
 PIPELINE = "dsv4q_stream"
-_GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 
 
 @CalibrationPipeline.register(PIPELINE)
@@ -62,24 +58,6 @@ class StreamingPipeline(CalibrationPipeline):
         with calibration_forward_context(model), DisableQuantization(model):
             stream.run()
         LifecycleCallbacks.calibration_end()
-
-
-@dataclass
-class _Stopwatch:
-    """Seconds by stage of one block."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        finally:
-            self.seconds[name] += time.perf_counter() - begin
 
 
 @dataclass
@@ -114,7 +92,7 @@ class BlockStream:
             if not tensors and not self._is_forward(block):
                 continue
             self._restore_streams(block)
-            watch = _Stopwatch(device=self.device)
+            watch = Stopwatch(device=self.device)
             record = self._run_block(block, tensors, watch)
             with watch.stage("write"):
                 record["digest"] = self.writer.sync()
@@ -126,7 +104,7 @@ class BlockStream:
 
     # ------------------------------------------------------------------------------------------------ one block
 
-    def _run_block(self, block: str, tensors: tuple[PlannedTensor, ...], watch: _Stopwatch) -> dict[str, Any]:
+    def _run_block(self, block: str, tensors: tuple[PlannedTensor, ...], watch: Stopwatch) -> dict[str, Any]:
         specs = [s for s in self.plan.source_specs if s.block == block]
         encoded = {t.spec.name for t in tensors if t.encoded}
         kept = {t.spec.name for t in tensors if not t.encoded}
@@ -153,10 +131,10 @@ class BlockStream:
         return {}
 
     def _decoder_block(
-        self, index: int, specs: list[TensorSpec], tensors: tuple[PlannedTensor, ...], watch: _Stopwatch
+        self, index: int, specs: list[TensorSpec], tensors: tuple[PlannedTensor, ...], watch: Stopwatch
     ) -> dict[str, Any]:
         layer = self.model.model.layers[index]
-        modules = _Modules(self.model, tensors)
+        modules = BlockModules(self.model, tensors)
         modules.prepare(self.device)
         record: dict[str, Any] = {}
         if self._is_forward(f"layers.{index}"):
@@ -164,6 +142,7 @@ class BlockStream:
                 record["tokens_per_expert"] = self._forward(index)
         with watch.stage("statistics"):
             modules.check_observed()
+            modules.settle_weight_scales()
             LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
             record["experts_without_tokens"] = modules.settle_input_scales(self.plan.config.activations)
         record |= self._encode(modules, watch)
@@ -200,23 +179,24 @@ class BlockStream:
     def _inputs(self, ids: torch.Tensor) -> BlockInputs:
         return block_inputs(self.model, ids)
 
-    def _encode(self, modules: _Modules, watch: _Stopwatch) -> dict[str, Any]:
+    def _encode(self, modules: BlockModules, watch: Stopwatch) -> dict[str, Any]:
         errors: dict[str, Errors] = defaultdict(Errors)
         scales: dict[str, list[float]] = defaultdict(list)
-        for spec, module, planned in modules:
+        for batch in modules.batches():
             with watch.stage("encode"):
-                state = encode_module(module)
-                _check_scales(spec, state)
-                for suffix in _GLOBAL_SCALES:
-                    if suffix in state:
-                        scales[f"{spec.module.rpartition('.')[2]}.{suffix}"].append(float(state[suffix]))
+                stored = batch.encode()
             with watch.stage("measure"):
-                errors[spec.role].add(spec.name, module.weight, decoded(module, state))
-            for tensor in planned:
-                value = state[tensor.name.removeprefix(f"{spec.module}.")]
+                batch.measure(stored, errors[batch.role])
+            for member, state in zip(batch.members, stored, strict=True):
+                check_scales(member.spec, state)
+                for suffix in GLOBAL_SCALES:
+                    if suffix in state:
+                        scales[f"{member.projection}.{suffix}"].append(float(state[suffix]))
                 with watch.stage("write"):
-                    self.writer.put(tensor.name, tensor_bytes(value))
-            release(module)
+                    for tensor in member.planned:
+                        value = state[tensor.name.removeprefix(f"{member.spec.module}.")]
+                        self.writer.put(tensor.name, tensor_bytes(value))
+                release(member.module)
         return {
             "errors": {role: found.as_dict() for role, found in errors.items()},
             "scales": {name: {"min": min(values), "max": max(values)} for name, values in scales.items()},
@@ -279,101 +259,3 @@ class BlockStream:
         for path in self.journal.folder.glob("streams.*"):
             if path != keep:
                 path.unlink()
-
-
-class _Modules:
-    """The modules of one block that get compressed, with what the plan wants of each."""
-
-    def __init__(self, model: DeepseekV4ForCausalLMWithMTP, tensors: tuple[PlannedTensor, ...]) -> None:
-        planned: dict[str, list[PlannedTensor]] = defaultdict(list)
-        specs: dict[str, TensorSpec] = {}
-        for tensor in tensors:
-            if tensor.encoded:
-                planned[tensor.spec.module].append(tensor)
-                specs[tensor.spec.module] = tensor.spec
-        self._items = [
-            (specs[name], _linear(model, specs[name]), members)
-            for name, members in planned.items()
-        ]
-
-    def __iter__(self) -> Iterator[tuple[TensorSpec, torch.nn.Linear, list[PlannedTensor]]]:
-        return iter(self._items)
-
-    def prepare(self, device: torch.device) -> None:
-        """Give the quantization parameters memory: NaN until the observers fill them, so that no gap passes."""
-        for _, module, _ in self._items:
-            for name, parameter in module._parameters.items():
-                if name == "weight" or parameter is None:
-                    continue
-                fresh = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-                if not name.endswith("zero_point"):
-                    fresh.fill_(float("nan"))
-                module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=False)
-
-    def check_observed(self) -> None:
-        """Refuse non-finite input statistics: compressed-tensors would turn them into a global scale of 1.0."""
-        for spec, module, _ in self._items:
-            observer = getattr(module, "input_observer", None)
-            if observer is None or not observer.has_statistics:
-                continue
-            amax = float(torch.maximum(observer.min_vals.abs(), observer.max_vals.abs()).amax())
-            if not math.isfinite(amax):
-                raise CalibrationError(
-                    "The activations became non-finite while calibrating",
-                    where=f"input of {spec.module}",
-                    expected="a finite largest magnitude",
-                    found=amax,
-                    hint="the source's weights of this layer are damaged or not of this architecture",
-                )
-
-    def settle_input_scales(self, activations: Any) -> list[int]:
-        """Apply fallback and headroom to `input_global_scale`; returns the experts that saw no token.
-
-        An expert without tokens takes the smallest global scale, i.e. the largest amax, of its layer and projection.
-        """
-        unseen: set[int] = set()
-        by_projection: dict[str, list[tuple[TensorSpec, torch.nn.Parameter]]] = defaultdict(list)
-        for spec, module, _ in self._items:
-            scale = module._parameters.get("input_global_scale")
-            if scale is not None:
-                by_projection[spec.module.rpartition(".")[2]].append((spec, scale))
-        for projection, found in by_projection.items():
-            known = [scale.detach() for _, scale in found if bool(torch.isfinite(scale).all())]
-            if not known:
-                raise CalibrationError(
-                    "No calibration token reached any expert of a layer",
-                    where=f"{found[0][0].block}, projection {projection}",
-                    hint="calibrate on more tokens, or with activations: {experts: all}",
-                )
-            smallest = torch.stack(known).amin(dim=0)
-            for spec, scale in found:
-                if not bool(torch.isfinite(scale).all()):
-                    if activations.fallback is None:
-                        continue  # left NaN: _check_scales names it
-                    scale.data.copy_(smallest)
-                    unseen.add(-1 if spec.expert is None else spec.expert)
-                if activations.headroom != 1.0:
-                    scale.data.div_(activations.headroom)
-        return sorted(unseen)
-
-
-def _linear(model: torch.nn.Module, spec: TensorSpec) -> torch.nn.Linear:
-    module = model.get_submodule(spec.hf_name.removesuffix(".weight"))
-    assert isinstance(module, torch.nn.Linear), spec.hf_name
-    return module
-
-
-def _check_scales(spec: TensorSpec, state: dict[str, torch.Tensor]) -> None:
-    for name, value in state.items():
-        if not name.endswith("scale"):
-            continue
-        number = value.to(torch.float32)
-        bad = ~(torch.isfinite(number) & (number > 0))
-        if bool(bad.any()):
-            raise CalibrationError(
-                "A scale is not positive and finite",
-                where=f"{spec.module}.{name}",
-                expected="every element finite and above zero",
-                found=f"{int(bad.sum())} of {number.numel()} are not, e.g. {float(number[bad][0])}",
-                hint="an input scale without tokens: use activations.experts: all, or routed with a fallback",
-            )

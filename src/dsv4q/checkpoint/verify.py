@@ -86,7 +86,7 @@ def verify(
         mtp_tensors=sum(name.startswith("mtp.") for name in headers.holders),
         checks=dict(log.checks),
         differences=tuple(log.differences),
-        errors=errors,
+        errors={role: stats.as_dict() for role, stats in errors.items()},
         seconds=time.monotonic() - begin,
     )
 

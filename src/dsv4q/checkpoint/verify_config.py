@@ -298,8 +298,8 @@ class _Simulation:
                 self._untouched(spec, names)
         self._idle_targets()
         self._fused(specs)
-        for (expected, found), names in self.found.items():
-            self.log.differs("targets", file=CONFIG, expected=expected, found=f"{found}: {few(names)}")
+        for (expected, found), concerned in self.found.items():
+            self.log.differs("targets", file=CONFIG, expected=expected, found=f"{found}: {few(concerned)}")
         return self.schemes
 
     def _names(self, spec: TensorSpec) -> tuple[str, ...]:

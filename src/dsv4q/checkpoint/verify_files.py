@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from dsv4q.checkpoint.layout import DTYPE_BYTES, Shape
 from dsv4q.checkpoint.verify_result import Log, few
@@ -138,7 +138,11 @@ def _read_index(root: Path, log: Log) -> tuple[dict[str, str], object]:
         log.differs("index", file=INDEX, expected="a JSON object", found=error)
         return {}, None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         log.differs("index", file=INDEX, expected="weight_map: tensor name -> file name", found=repr(weight_map)[:80])
         return {}, None
     metadata = index.get("metadata")
@@ -196,7 +200,7 @@ def _entry(file: str, info: object, base: int, size: int) -> Header | None:
     return Header(file, dtype, tuple(shape), base + offsets[0], offsets[1] - offsets[0], whole)
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

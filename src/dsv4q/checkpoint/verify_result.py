@@ -85,8 +85,8 @@ class VerifyResult:
     checks: dict[str, int]
     """Items examined by each check; a check that did not run is absent."""
     differences: tuple[Difference, ...]
-    errors: dict[str, ErrorStats]
-    """By tensor class; empty without a source."""
+    errors: dict[str, dict[str, Any]]
+    """Weight error by tensor class (`ErrorStats.as_dict`); empty without a source."""
     seconds: float
 
     @property
@@ -104,7 +104,7 @@ class VerifyResult:
             "checks": dict(self.checks),
             "difference_count": len(self.differences),
             "differences": [difference.as_dict() for difference in self.differences],
-            "errors": {name: stats.as_dict() for name, stats in self.errors.items()},
+            "errors": self.errors,
             "seconds": round(self.seconds, 3),
         }
 

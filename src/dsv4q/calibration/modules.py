@@ -1,0 +1,228 @@
+"""The modules of one block that get compressed: their parameters, their scales, their encoded form.
+
+A block has some hundred equal experts, so the work is done for many of them at once: scales by `exact.py`, NVFP4 by
+`encode.py`. Whatever those do not know goes module by module through compressed-tensors itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dsv4q.calibration.encode import nvfp4_decode, nvfp4_encode
+from dsv4q.calibration.measure import Errors, decoded
+from dsv4q.calibration.observers import ExactNvfp4Observer, settle_nvfp4
+from dsv4q.calibration.upstream import encode_module, scheme_of
+from dsv4q.checkpoint.layout import TensorSpec
+from dsv4q.checkpoint.plan import PlannedTensor
+from dsv4q.checkpoint.schemes import NVFP4
+from dsv4q.config import Activations
+from dsv4q.errors import CalibrationError
+
+GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
+
+_BATCH_ELEMENTS = 1 << 25
+"""Weight elements that are encoded at once: bounds the temporaries to some hundred MB."""
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear to be compressed."""
+
+    spec: TensorSpec
+    module: torch.nn.Linear
+    planned: tuple[PlannedTensor, ...]
+
+    @property
+    def projection(self) -> str:
+        """`w1`, `wq_a`, ..."""
+        return self.spec.module.rpartition(".")[2]
+
+    @property
+    def is_nvfp4(self) -> bool:
+        """Whether `encode.py` has this scheme."""
+        scheme = scheme_of(self.module)
+        form = str(getattr(scheme.format, "value", scheme.format))
+        return form == NVFP4 and bool(scheme.weights.symmetric) and scheme.weights.strategy == "tensor_group"
+
+    @property
+    def is_exact(self) -> bool:
+        return isinstance(getattr(self.module, "weight_observer", None), ExactNvfp4Observer)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Linears of one shape and role, encoded together where that is possible."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def role(self) -> str:
+        return self.members[0].spec.role
+
+    def encode(self) -> list[State]:
+        """Stored tensors of each member, by suffix."""
+        if not self.members[0].is_nvfp4:
+            return [encode_module(member.module) for member in self.members]
+        packed = nvfp4_encode(
+            self._stack("weight"),
+            self._stack("weight_scale"),
+            self._stack("weight_global_scale"),
+            keep_negative_zero=self.members[0].is_exact,
+        )
+        states = []
+        for member, bits in zip(self.members, packed, strict=True):
+            parameters = member.module._parameters
+            state = {"weight_packed": bits, "weight_scale": _parameter(member, "weight_scale").to(torch.float8_e4m3fn)}
+            state |= {name: _parameter(member, name) for name in GLOBAL_SCALES if name in parameters}
+            states.append(state)
+        return states
+
+    def measure(self, stored: Sequence[State], errors: Errors) -> None:
+        """Add the error of every member, decoded from its stored tensors, to `errors`."""
+        if self.members[0].is_nvfp4:
+            weights = nvfp4_decode(
+                torch.stack([s["weight_packed"] for s in stored]),
+                torch.stack([s["weight_scale"] for s in stored]),
+                self._stack("weight_global_scale"),
+            )
+            errors.add([m.spec.name for m in self.members], self._stack("weight"), weights)
+            return
+        for member, state in zip(self.members, stored, strict=True):
+            errors.add([member.spec.name], member.module.weight[None], decoded(member.module, state)[None])
+
+    def _stack(self, name: str) -> torch.Tensor:
+        return torch.stack([_parameter(member, name) for member in self.members])
+
+
+def _parameter(member: Member, name: str) -> torch.Tensor:
+    parameter = member.module._parameters[name]
+    assert parameter is not None, f"{member.spec.module}.{name}"
+    return parameter.detach()
+
+
+class BlockModules:
+    """All of a block's members."""
+
+    def __init__(self, model: torch.nn.Module, tensors: Sequence[PlannedTensor]) -> None:
+        planned: dict[TensorSpec, list[PlannedTensor]] = defaultdict(list)
+        for tensor in tensors:
+            if tensor.encoded:
+                planned[tensor.spec].append(tensor)
+        self.members = [Member(spec, _linear(model, spec), tuple(found)) for spec, found in planned.items()]
+
+    def batches(self) -> Iterator[Batch]:
+        """The members in batches of equal role and shape, bounded in size."""
+        alike: dict[tuple[str, tuple[int, ...], str], list[Member]] = defaultdict(list)
+        for member in self.members:
+            name = "" if member.is_nvfp4 else member.spec.name
+            alike[member.spec.role, member.spec.shape, name].append(member)
+        for (_, shape, _), members in alike.items():
+            step = max(1, _BATCH_ELEMENTS // math.prod(shape))
+            for start in range(0, len(members), step):
+                yield Batch(tuple(members[start : start + step]))
+
+    def prepare(self, device: torch.device) -> None:
+        """Give the quantization parameters memory: NaN until the observers fill them, so that no gap passes."""
+        for member in self.members:
+            for name, parameter in member.module._parameters.items():
+                if name == "weight" or parameter is None:
+                    continue
+                fresh = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+                if not name.endswith("zero_point"):
+                    fresh.fill_(float("nan"))
+                member.module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=False)
+
+    def check_observed(self) -> None:
+        """Refuse non-finite input statistics: compressed-tensors would turn them into a global scale of 1.0."""
+        for member in self.members:
+            observer = getattr(member.module, "input_observer", None)
+            if observer is None or not observer.has_statistics:
+                continue
+            amax = float(torch.maximum(observer.min_vals.abs(), observer.max_vals.abs()).amax())
+            if not math.isfinite(amax):
+                raise CalibrationError(
+                    "The activations became non-finite while calibrating",
+                    where=f"input of {member.spec.module}",
+                    expected="a finite largest magnitude",
+                    found=amax,
+                    hint="the source's weights of this layer are damaged or not of this architecture",
+                )
+
+    def settle_weight_scales(self) -> None:
+        """Find the exact NVFP4 scales of many experts at once, w1 and w3 of one expert under one global scale."""
+        fused: dict[str, list[torch.nn.Linear]] = defaultdict(list)
+        for member in self.members:
+            if member.is_exact:
+                fused[member.spec.module.replace(".w3", ".w1")].append(member.module)
+        alike: dict[tuple[int, tuple[int, ...]], list[list[torch.nn.Linear]]] = defaultdict(list)
+        for group in fused.values():
+            alike[len(group), tuple(group[0].weight.shape)].append(group)
+        for (size, shape), groups in alike.items():
+            step = max(1, _BATCH_ELEMENTS // (size * math.prod(shape)))
+            for start in range(0, len(groups), step):
+                settle_nvfp4(groups[start : start + step])
+
+    def settle_input_scales(self, activations: Activations) -> list[int]:
+        """Apply fallback and headroom to `input_global_scale`; returns the experts that saw no token.
+
+        An expert without tokens takes the smallest global scale, i.e. the largest amax, of its layer and projection.
+
+        Raises:
+            CalibrationError: no token reached any expert.
+        """
+        unseen: set[int] = set()
+        by_projection: dict[str, list[Member]] = defaultdict(list)
+        for member in self.members:
+            if member.module._parameters.get("input_global_scale") is not None:
+                by_projection[member.projection].append(member)
+        for projection, members in by_projection.items():
+            scales = torch.stack([_parameter(m, "input_global_scale") for m in members])
+            seen = torch.isfinite(scales).all(dim=1)
+            if not bool(seen.any()):
+                raise CalibrationError(
+                    "No calibration token reached any expert of a layer",
+                    where=f"{members[0].spec.block}, projection {projection}",
+                    hint="calibrate on more tokens, or with activations: {experts: all}",
+                )
+            if activations.fallback is not None:
+                unseen |= {m.spec.expert or 0 for m, found in zip(members, seen.tolist(), strict=True) if not found}
+                scales[~seen] = scales[seen].amin(dim=0)
+            if activations.headroom != 1.0:
+                scales /= activations.headroom
+            for member, scale in zip(members, scales, strict=True):
+                _parameter(member, "input_global_scale").copy_(scale)
+        return sorted(unseen)
+
+
+def check_scales(spec: TensorSpec, state: State) -> None:
+    """Refuse scales that no consumer can use.
+
+    Raises:
+        CalibrationError: a scale that is zero, negative, NaN or infinite.
+    """
+    for name, value in state.items():
+        if not name.endswith("scale"):
+            continue
+        number = value.to(torch.float32)
+        bad = ~(torch.isfinite(number) & (number > 0))
+        if bool(bad.any()):
+            raise CalibrationError(
+                "A scale is not positive and finite",
+                where=f"{spec.module}.{name}",
+                expected="every element finite and above zero",
+                found=f"{int(bad.sum())} of {number.numel()} are not, e.g. {float(number[bad][0])}",
+                hint="an input scale without tokens: use activations.experts: all, or routed with a fallback",
+            )
+
+
+def _linear(model: torch.nn.Module, spec: TensorSpec) -> torch.nn.Linear:
+    module = model.get_submodule(spec.hf_name.removesuffix(".weight"))
+    assert isinstance(module, torch.nn.Linear), spec.hf_name
+    return module
