@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from dsv4q.calibration.data import load_calibration, load_tokenizer
-from dsv4q.config import Mtp, load_config
+from dsv4q.config import Config, Mtp, load_config, parse_config
 from dsv4q.console import Console, Mode
 from dsv4q.quantize import Job, data_spec, quantize
 from dsv4q.toy import write_toy
@@ -61,7 +61,7 @@ def test_stock_gives_both_halves_of_an_expert_the_same_global_scales(stock_run: 
             assert torch.isfinite(tensor).all() and (tensor > 0).all(), name
 
 
-@pytest.mark.parametrize("config_name", ["toy", "w4a16-fp8-mtp"])
+@pytest.mark.parametrize("config_name", ["nvfp4-fp8-mtp-minmax", "w4a16-fp8-mtp"])
 def test_the_streaming_artifact_is_what_stock_writes_bit_for_bit(tmp_path: Path, config_name: str) -> None:
     job = toy_job(tmp_path, config_name)
     quantize(job, Console(Mode.QUIET))
@@ -72,10 +72,19 @@ def test_the_streaming_artifact_is_what_stock_writes_bit_for_bit(tmp_path: Path,
 def toy_job(folder: Path, config_name: str) -> Job:
     """A toy source and a shipped config, without the copies of the shared head, which stock has no notion of."""
     write_toy(folder / "source")
-    config = load_config(CONFIGS / f"{config_name}.yaml")
+    config = with_stock_observers(load_config(CONFIGS / f"{config_name}.yaml"))
     toy = load_config(CONFIGS / "toy.yaml")
     changes = {"calibration": config.calibration and toy.calibration, "mtp": Mtp(shared_head_copies=False)}
     return Job(folder / "source", folder / "artifact", config.model_copy(update=changes), device="cpu")
+
+
+def with_stock_observers(config: Config) -> Config:
+    """The same recipe with llmcompressor's default observers on the weights."""
+    raw = config.model_dump(mode="json")
+    groups = raw["recipe"]["quant_stage"]["quant_modifiers"]["QuantizationModifier"]["config_groups"]
+    for group in groups.values():
+        group["weights"].pop("observer", None)
+    return parse_config(raw)
 
 
 def calibration_batches(job: Job) -> list[torch.Tensor]:

@@ -34,7 +34,6 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="dsv4q",
     cls=_Commands,
-    help="Quantize DeepSeek-V4 checkpoints for vLLM, with the MTP draft intact.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -60,8 +60,10 @@ class Mtp(_Frozen):
 
 
 class Activations(_Frozen):
-    """How the input scales of the routed experts are found."""
+    """How the input scales of the routed experts are found. `activations: bound` is short for `scales: bound`."""
 
+    scales: Literal["observed", "bound"] = "observed"
+    """`observed`: the largest magnitude that calibration sees. `bound`: the largest possible one, without any data."""
     experts: Literal["all", "routed"] = "all"
     """`all`: every expert sees every token. `routed`: only the tokens that the router sends it."""
     fallback: Literal["layer_max"] | None = None
@@ -69,8 +71,15 @@ class Activations(_Frozen):
     headroom: float = Field(1.0, ge=1.0, le=1024.0)
     """Factor on the observed amax. Clipping is what hurts; up to about 1000 costs nothing measurable."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, raw: Any) -> Any:
+        return {"scales": raw} if isinstance(raw, str) else raw
+
     @model_validator(mode="after")
     def _agree(self) -> Activations:
+        if self.scales == "bound" and (self.experts != "all" or self.headroom != 1.0 or self.fallback):
+            raise ValueError("scales: bound observes nothing, so experts, fallback and headroom have no effect")
         if self.experts == "all" and self.fallback is not None:
             raise ValueError("fallback is given but experts: all never needs one")
         if self.experts == "routed" and self.fallback is None:
@@ -104,8 +113,14 @@ class Config(_Frozen):
         return tuple(_modifier(self.recipe).get("ignore") or ())
 
     @property
-    def needs_data(self) -> bool:
+    def has_input_scales(self) -> bool:
+        """Whether an input of some linear is quantized under a scale that the artifact stores."""
         return any(s.input_activations is not None and s.input_activations.needs_data for s in self.groups.values())
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the run has to calibrate."""
+        return self.has_input_scales and self.activations.scales == "observed"
 
     def library_recipe(self) -> dict[str, Any]:
         """The recipe for `oneshot`: the user's, with every group's format stated."""
@@ -153,13 +168,34 @@ def parse_config(raw: object, where: str = "config") -> Config:
         raise
     if not groups:
         raise RecipeError("The recipe has no config group", where=where, hint="see configs/ for examples")
+    if config.activations.scales == "bound":
+        _check_bound(config, where)
     if config.needs_data and config.calibration is None:
         raise ConfigError(
             "The recipe has calibrated activations but the config has no calibration section",
             where=where,
             expected="calibration with at least a dataset",
+            hint="or activations: bound, which needs no data",
         )
     return config
+
+
+def _check_bound(config: Config, where: str) -> None:
+    if config.calibration is not None:
+        raise ConfigError(
+            "The config has calibration data but takes its input scales from bounds",
+            where=f"{where}: activations.scales, calibration",
+            hint="leave the calibration section out, or set activations.scales to observed",
+        )
+    for name, scheme in config.groups.items():
+        inputs = scheme.input_activations
+        if inputs is not None and inputs.needs_data and inputs.strategy != "tensor_group":
+            raise ConfigError(
+                "Bounds are known for NVFP4 inputs only",
+                where=f"{where}: activations.scales, config_groups.{name}.input_activations",
+                expected="strategy tensor_group with dynamic: local",
+                found=f"strategy {inputs.strategy}",
+            )
 
 
 def with_dataset(config: Config, dataset: str) -> Config:

@@ -7,6 +7,8 @@ made. Nothing outside OUT is written, and OUT/.dsv4q holds all that an unfinishe
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4q import __version__
 from dsv4q.checkpoint.finish import write_small_files
-from dsv4q.checkpoint.journal import REPORT, Journal, check_output, first_difference, is_finished
+from dsv4q.checkpoint.journal import INDEX, REPORT, Journal, check_output, first_difference, is_finished
 from dsv4q.checkpoint.plan import Plan, free_bytes, make_plan, require_weights, with_problem
 from dsv4q.checkpoint.source import Checkpoint, open_checkpoint, scan
 from dsv4q.checkpoint.verify import verify_headers
 from dsv4q.checkpoint.writer import ShardWriter, check_finished_shards
 from dsv4q.config import Config
 from dsv4q.console import Console
-from dsv4q.errors import DeviceError, DiskError, Dsv4qError, OutputError, VerificationFailed
+from dsv4q.errors import DataError, DeviceError, DiskError, Dsv4qError, OutputError, VerificationFailed
 from dsv4q.report import build_report
 
 if TYPE_CHECKING:
@@ -57,8 +59,9 @@ def prepare(job: Job) -> Plan:
     with checkpoint:
         free = free_bytes(job.out)
         plan = make_plan(checkpoint, job.config, free_disk=free)
-    plan = with_problem(plan, _disk_problem(plan, job.out))
-    return with_problem(plan, _data_problem(job))
+    for problem in (_place_problem(job.out), _disk_problem(plan, job.out), _data_problem(job)):
+        plan = with_problem(plan, problem)
+    return plan
 
 
 def quantize(job: Job, console: Console) -> dict[str, Any]:
@@ -77,7 +80,9 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         _same_threads(job)
         identity = _identity(job, source, data, device)
         if is_finished(job.out):
-            return _already_there(job, identity)
+            report = _already_there(job, identity)
+            _verify(job.out)
+            return report
         journal = Journal.open(job.out, identity, resume=job.resume)
         try:
             if journal.done:
@@ -137,6 +142,20 @@ def _first(problems: tuple[Dsv4qError, ...]) -> Dsv4qError:
     return error
 
 
+def _place_problem(out: Path) -> OutputError | None:
+    """Whether the folder can be made, and written, as far as its nearest existing parent tells."""
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        return OutputError("The output folder cannot be made", where=out, expected="a folder", found=f"{there}, a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        return OutputError(
+            "The output folder cannot be written", where=out, found=f"{there} is not writable by this user"
+        )
+    return None
+
+
 def _disk_problem(plan: Plan, out: Path) -> DiskError | None:
     written = sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
     free = plan.free_disk
@@ -177,9 +196,13 @@ def _data_problem(job: Job) -> Dsv4qError | None:
     wanted = data_spec(job)
     if wanted is None:
         return None
+    spec, base = wanted
     try:
-        check_data(*wanted)
-    except Dsv4qError as error:
+        check_data(spec, base)
+    except DataError as error:
+        if not Path(spec.dataset).is_absolute() and not (base / spec.dataset).exists():
+            error.where = spec.dataset
+            error.hint = f"a relative path is looked for in {Path.cwd()}, then in {job.source}"
         return error
     return None
 
@@ -199,18 +222,16 @@ def _device(name: str, plan: Plan) -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = "auto, cpu, cuda or cuda:N"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise DeviceError("There is no such device", where="--device", expected=expected, found=repr(name))
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise DeviceError(
-            "There is no such device",
-            where=f"--device {name}",
-            expected="auto, cpu, cuda or cuda:N",
-            found=str(error).splitlines()[0],
+            "There is no such device", where=f"--device {name}", expected=expected, found=str(error).splitlines()[0]
         ) from error
-    if device.type == "meta":
-        raise DeviceError("The meta device has no memory to work in", where=f"--device {name}")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if total < plan.estimate.gpu:
@@ -225,12 +246,14 @@ def _device(name: str, plan: Plan) -> torch.device:
 
 
 def _same_threads(job: Job) -> None:
-    """Continue with the thread count that the run began with: another one can change the last bit of a scale."""
+    """Work with the thread count that the run in OUT began with: another one can change the last bit of a scale."""
     import torch
 
-    before = Journal.identity_of(job.out) if job.resume else None
-    if before is not None:
-        torch.set_num_threads(int(before["threads"]))
+    finished = _finished_report(job.out)
+    before = finished["identity"] if finished else Journal.identity_of(job.out) if job.resume else None
+    threads = (before or {}).get("threads")
+    if isinstance(threads, int):
+        torch.set_num_threads(threads)
 
 
 def versions() -> dict[str, str]:
@@ -254,20 +277,46 @@ def _identity(job: Job, source: Checkpoint, data: CalibrationData | None, device
 
 def _already_there(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
     """A finished artifact is returned as it is if this very job made it, and refused otherwise."""
-    report: dict[str, Any] = json.loads((job.out / REPORT).read_text(encoding="utf-8"))
-    difference = first_difference(report.get("identity"), identity)
-    if difference or not job.resume:
-        key, before, now = difference or ("", "finished", "asked to start over")
+    report = _finished_report(job.out)
+    if report is None:
         raise OutputError(
-            "The output folder holds a finished artifact",
-            where=f"{job.out}: {key}" if key else job.out,
+            "The output folder holds a checkpoint that dsv4q did not make",
+            where=job.out,
+            expected="a new or empty folder",
+            found=f"{INDEX}, and a {REPORT} that is not ours",
+            hint="choose another folder; nothing in this one was touched",
+        )
+    difference = first_difference(report["identity"], identity)
+    if difference:
+        key, before, now = difference
+        raise OutputError(
+            f"The output folder holds a finished artifact of another {key.partition('.')[0]}",
+            where=f"{job.out}: {key}",
             expected=before,
             found=now,
+            hint="choose another folder, or delete this artifact yourself",
+        )
+    if not job.resume:
+        raise OutputError(
+            "The output folder holds this very artifact, finished",
+            where=job.out,
+            expected="an unfinished run to start over, with --no-resume",
             hint="choose another folder, or delete this artifact yourself",
         )
     # The index is the last file of all, so a crash after it can only have left the work folder behind.
     Journal.remove_leftovers(job.out)
     return report
+
+
+def _finished_report(out: Path) -> dict[str, Any] | None:
+    """The report of a finished run of ours in `out`, if there is one."""
+    if not is_finished(out):
+        return None
+    try:
+        report = json.loads((out / REPORT).read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return report if isinstance(report, dict) and isinstance(report.get("identity"), dict) else None
 
 
 def _verify(out: Path) -> None:
@@ -280,5 +329,5 @@ def _verify(out: Path) -> None:
             where=f"{first.tensor or ''} {first.file or ''}".strip() or out,
             expected=first.expected,
             found=first.found,
-            hint=f"dsv4q verify-shards {out} lists all; please report this",
+            hint=f"dsv4q verify-shards {out} lists all; if it has only just been made, please report this",
         )

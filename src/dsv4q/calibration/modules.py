@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dsv4q.calibration.encode import nvfp4_decode, nvfp4_encode
+from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, nvfp4_decode, nvfp4_encode
 from dsv4q.calibration.measure import Errors, decoded
 from dsv4q.calibration.observers import ExactNvfp4Observer, settle_nvfp4
 from dsv4q.calibration.upstream import encode_module, scheme_of
@@ -128,6 +128,15 @@ class BlockModules:
             for start in range(0, len(members), step):
                 yield Batch(tuple(members[start : start + step]))
 
+    def input_amax(self) -> dict[str, float]:
+        """Largest magnitude that each projection's settled `input_global_scale` represents, over all experts."""
+        found: dict[str, float] = {}
+        for member in self.members:
+            if member.module._parameters.get("input_global_scale") is not None:
+                amax = E4M3_MAX * E2M1_MAX / float(_parameter(member, "input_global_scale"))
+                found[member.projection] = max(amax, found.get(member.projection, 0.0))
+        return found
+
     def prepare(self, device: torch.device) -> None:
         """Give the quantization parameters memory: NaN until the observers fill them, so that no gap passes."""
         for member in self.members:
@@ -169,8 +178,14 @@ class BlockModules:
             for start in range(0, len(groups), step):
                 settle_nvfp4(groups[start : start + step])
 
+    def bound_input_scales(self, bounds: Mapping[str, float]) -> None:
+        """Set `input_global_scale` from the largest magnitude that each projection's input can have."""
+        for member in self.members:
+            if member.module._parameters.get("input_global_scale") is not None:
+                _parameter(member, "input_global_scale").fill_(E4M3_MAX * E2M1_MAX / bounds[member.projection])
+
     def settle_input_scales(self, activations: Activations) -> list[int]:
-        """Apply fallback and headroom to `input_global_scale`; returns the experts that saw no token.
+        """Apply fallback and headroom to observed `input_global_scale`; returns the experts that saw no token.
 
         An expert without tokens takes the smallest global scale, i.e. the largest amax, of its layer and projection.
 

@@ -11,6 +11,7 @@ Shape letters: B batch, S sequence, C hc_mult, D hidden_size.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -144,11 +145,31 @@ class BlockStream:
             modules.check_observed()
             modules.settle_weight_scales()
             LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
-            record["experts_without_tokens"] = modules.settle_input_scales(self.plan.config.activations)
+            bounds = self._input_bounds(index)
+            if self.plan.config.activations.scales == "bound":
+                modules.bound_input_scales(bounds)
+            else:
+                record["experts_without_tokens"] = modules.settle_input_scales(self.plan.config.activations)
+            record["input_amax"] = {
+                projection: {"used": amax, "bound": bounds[projection]}
+                for projection, amax in modules.input_amax().items()
+                if projection in bounds
+            }
         record |= self._encode(modules, watch)
         with watch.stage("release"):
             release(layer)
         return record
+
+    def _input_bounds(self, index: int) -> dict[str, float]:
+        """Largest magnitude that the inputs of a block's routed experts can have, whatever the data.
+
+        w1 and w3 read an RMSNorm's output, each element at most sqrt(D) times its weight; w2 reads
+        silu(gate) * up with gate and |up| clamped to swiglu_limit.
+        """
+        norm = self.source.tensor(f"layers.{index}.ffn_norm.weight").to(torch.float32)
+        wide = math.sqrt(norm.numel()) * float(norm.abs().amax())
+        limit = float(self.source.config.get("swiglu_limit", 10.0))
+        return {"w1": wide, "w3": wide, "w2": limit * limit}
 
     def _forward(self, index: int) -> list[int]:
         """Send every micro-batch through block `index`; returns how many tokens the router sent each expert."""

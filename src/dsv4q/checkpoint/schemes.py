@@ -82,6 +82,16 @@ class Scheme(BaseModel):
             raise ValueError("output_activations are not supported: the consumer has no place for them")
         if self.weights.dynamic:
             raise ValueError("weights cannot be dynamic: an artifact stores their scales")
+        form = (self.weights.type, self.weights.num_bits, self.weights.strategy, self.weights.group_size)
+        if self.weights.observer == "exact_nvfp4" and form != ("float", 4, "tensor_group", 16):
+            raise ValueError(
+                "observer exact_nvfp4 is for float weights of 4 bits, strategy tensor_group, group_size 16"
+            )
+        if self.weights.observer == "exact_fp8_block" and (form[:2], self.weights.block_structure) != (
+            ("float", 8),
+            (128, 128),
+        ):
+            raise ValueError("observer exact_fp8_block is for float weights of 8 bits, block_structure [128, 128]")
         return self
 
     @property
