@@ -6,9 +6,11 @@ nothing else in it does.
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.plan import Plan
@@ -104,12 +106,19 @@ def _coverage(blocks: list[dict[str, Any]]) -> dict[str, Any]:
 
 def peak_memory() -> dict[str, int]:
     """Peak bytes of this process: resident host memory, and GPU memory if torch used one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"host": _peak_resident()}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peak["gpu"] = int(torch.cuda.max_memory_allocated())
     return peak
+
+
+def _peak_resident() -> int:
+    # Linux hands getrusage's number on through exec, so a child of a large process would report its parent's peak
+    status = Path("/proc/self/status")
+    if status.is_file() and (match := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(match[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:

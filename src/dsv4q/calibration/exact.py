@@ -137,13 +137,16 @@ def _search(weight: Tensor, amax: Tensor, global_scale: Tensor, wanted: Tensor) 
     divisor = global_scale.expand_as(amax)[wanted]
     ideal = (amax[wanted] / E2M1_MAX * divisor).clamp(max=E4M3_MAX)
     start = ideal.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+    # Errors are compared in units of the block's own binade, or their squares would leave F32's range.
+    _, binade = torch.frexp(amax[wanted])
+    unit_of_error = _power_of_two((-binade).clamp(-126, 127)).unsqueeze(-1)
     best = torch.full_like(ideal, torch.inf)
     scale = torch.ones_like(ideal)
     for offset in range(SEARCH[0], SEARCH[1] + 1):
         code = (start + offset).clamp(1, 126).to(torch.uint8)
         candidate = code.view(torch.float8_e4m3fn).to(torch.float32)
         unit = (candidate / divisor).unsqueeze(-1)
-        error = (round_e2m1(blocks / unit).mul_(unit) - blocks).square_().sum(dim=-1)
+        error = (round_e2m1(blocks / unit).mul_(unit) - blocks).mul_(unit_of_error).square_().sum(dim=-1)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, candidate, scale)
