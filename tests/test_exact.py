@@ -129,6 +129,18 @@ def test_the_interval_of_exact_exponents_is_the_true_one(values: list[float]) ->
     assert inside == exact
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=16, max_size=16), st.booleans())
+def test_bits_of_bf16_give_the_same_grid_as_its_values(raw: list[int], on_grid: bool) -> None:
+    bits = torch.tensor(raw, dtype=torch.int16)
+    bits = (bits & ~0x3F) if on_grid else bits
+    weight = torch.where((bits & 0x7F80) == 0x7F80, 0, bits).view(torch.bfloat16)[None]
+    fast, slow = nvfp4_grid(weight), nvfp4_grid(weight.to(torch.float32))
+    assert torch.equal(fast.lower, slow.lower)
+    assert torch.equal(fast.upper, slow.upper)
+    assert torch.equal(fast.amax, slow.amax)
+
+
 def test_one_value_off_the_grid_is_noticed() -> None:
     weight = mxfp4(torch.Generator().manual_seed(1), 2, 64)
     weight[1, 40] = 1.0078125  # one bit of BF16 beside 1

@@ -71,6 +71,10 @@ class Grid:
 @torch.no_grad()
 def nvfp4_grid(weight: Tensor) -> Grid:
     """Interval of exact exponents of every block of a weight [..., M, N] (BF16, F16 or F32), N a multiple of 16."""
+    if weight.dtype is torch.bfloat16:
+        found = _bf16_grid(weight)
+        if found is not None:
+            return found
     blocks = _groups(weight).to(torch.float32)
     fraction, exponent = torch.frexp(blocks.abs())
     zero, half, three_quarters = fraction == 0, fraction == 0.5, fraction == 0.75
@@ -78,6 +82,25 @@ def nvfp4_grid(weight: Tensor) -> Grid:
     upper = torch.where(zero, _NONE, exponent - three_quarters.to(torch.int32)).amin(dim=-1)
     off = ~(zero | half | three_quarters).all(dim=-1)
     return Grid(lower, torch.where(off, -2 * _NONE, upper), blocks.abs().amax(dim=-1))
+
+
+def _bf16_grid(weight: Tensor) -> Grid | None:
+    """The same on BF16's own bits, several times as fast; None if there are subnormals, whose bits read otherwise.
+
+    |v| is eight bits of exponent E, e = E - 126, and seven of fraction: f = 0.5 has none set, f = 0.75 the top one.
+    """
+    bits = _groups(weight).view(torch.int16) & 0x7FFF
+    largest = bits.amax(dim=-1)
+    # 0 becomes the largest number here, so that zeros take no part in a minimum.
+    nonzero = (bits - 1) & 0x7FFF
+    if bool((nonzero < 0x7F).any()):
+        return None
+    off = (bits & 0x3F).amax(dim=-1) > 0
+    exponent = torch.where(bits == 0, 0x7FFF, (bits >> 7) - ((bits >> 6) & 1)).amin(dim=-1)
+    zeros = largest == 0
+    lower = torch.where(zeros, -_NONE, (largest >> 7).to(torch.int32) - 129)
+    upper = torch.where(zeros, _NONE, exponent.to(torch.int32) - 126)
+    return Grid(lower, torch.where(off, -2 * _NONE, upper), largest.view(torch.bfloat16).to(torch.float32))
 
 
 @torch.no_grad()

@@ -190,8 +190,10 @@ def scheme_dict(scheme: Scheme) -> dict[str, Any]:
 def _infer_with_library(scheme: Scheme) -> str:
     import torch
     from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationScheme
 
-    return str(infer_module_format(torch.nn.Linear, as_library_scheme(scheme)).value)
+    plain = scheme.model_dump(mode="json", exclude_unset=True, exclude={"format"})
+    return str(infer_module_format(torch.nn.Linear, QuantizationScheme.model_validate(plain)).value)
 
 
 def probe(scheme: Scheme, shape: Shape) -> tuple[StoredTensor, ...]:
@@ -214,7 +216,7 @@ def probe(scheme: Scheme, shape: Shape) -> tuple[StoredTensor, ...]:
         initialize_module_for_quantization(linear, as_library_scheme(scheme))
         compressor = BaseCompressor.get_value_from_registry(scheme.compression_format)
         state = compressor.compress(get_direct_state_dict(linear), linear.quantization_scheme)
-        stored = tuple((key, names[value.dtype], tuple(value.shape)) for key, value in state.items())
+        stored = tuple((k, names[v.dtype], tuple(v.shape)) for k, v in state.items() if v is not None)
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise RecipeError(
             "compressed-tensors cannot store a linear under this scheme",
