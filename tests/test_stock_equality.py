@@ -75,7 +75,7 @@ def toy_job(folder: Path, config_name: str) -> Job:
     config = with_stock_observers(load_config(CONFIGS / f"{config_name}.yaml"))
     toy = load_config(CONFIGS / "toy.yaml")
     changes = {"calibration": config.calibration and toy.calibration, "mtp": Mtp(shared_head_copies=False)}
-    return Job(folder / "source", folder / "artifact", config.model_copy(update=changes), device="cpu")
+    return Job(folder / "source", folder / "artifact", config.model_copy(update=changes))  # stock takes a GPU too
 
 
 def with_stock_observers(config: Config) -> Config:

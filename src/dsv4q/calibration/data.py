@@ -1,9 +1,8 @@
-"""Calibration data: where rows come from, how a conversation becomes tokens, which tokens share a batch.
+"""Calibration data: how a conversation becomes tokens, in which order, and which tokens share a batch.
 
 Everything here is a function of the DataSpec, the rows and the tokenizer: no clock, no rank, no cache.
 
-Rows: a JSONL or JSON file, a folder of parquet/JSON/JSONL files, a `datasets.save_to_disk` folder, or a hub id. A
-row has `messages` (a list of {role, content}) or, if it has none, `text`.
+Rows (`rows.py`): each has `messages` (a list of {role, content}) or, if it has none, `text`.
 Order: a Fisher-Yates shuffle of the row numbers, driven by `random.Random(seed).random()`, whose sequence Python
 promises to keep in later versions.
 Packing: padding tokens would enter the activation statistics, so there are none. A sample begins with a fresh
@@ -16,16 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 import sys
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from dsv4q.calibration.rows import Rows, check_columns, first_rows, open_rows
 from dsv4q.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,10 +34,6 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, THINK_END = "<think>", "</think>"
 
 CHAT_MODES = ("chat", "thinking")
-COLUMNS = ("messages", "text")
-FILE_TYPES = (".jsonl", ".json", ".parquet")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -192,7 +185,7 @@ def load_calibration(
     """
     import torch
 
-    rows = _open(spec, base)
+    rows = open_rows(spec.dataset, spec.split, base)
     conversations = _Conversations(rows, spec, tokenizer)
     samples = list(_pack(conversations, spec))
     if vocab_size is not None:
@@ -218,29 +211,8 @@ def check_data(spec: DataSpec, base: Path | None = None) -> None:
     Raises:
         DataError: see above.
     """
-    path = _locate(spec, base)
-    if path is None:
-        return
-    if _is_saved(path):
-        _check_saved(path, spec.split)
-        return
-    for file in _files(path, spec.split):
-        _row_file(file).check()
-
-
-class _Rows(Protocol):
-    """Rows by number."""
-
-    @property
-    def name(self) -> str: ...
-    def __len__(self) -> int: ...
-    def row(self, i: int) -> object: ...
-    def where(self, i: int) -> str: ...
-
-
-class _RowFile(_Rows, Protocol):
-    def check(self) -> None:
-        """Raise DataError if the file is empty or its first row or schema lacks the column."""
+    for row, where in first_rows(spec.dataset, spec.split, base):
+        _row_text(row, where, "chat")
 
 
 def _pack(conversations: _Conversations, spec: DataSpec) -> Iterator[array[int]]:
@@ -266,7 +238,7 @@ def _pack(conversations: _Conversations, spec: DataSpec) -> Iterator[array[int]]
 class _Conversations:
     """Token ids of each conversation, in shuffled order; rows with blank `text` are passed over."""
 
-    def __init__(self, rows: _Rows, spec: DataSpec, tokenizer: Tokenizer) -> None:
+    def __init__(self, rows: Rows, spec: DataSpec, tokenizer: Tokenizer) -> None:
         self.rows, self.spec, self.tokenizer = rows, spec, tokenizer
         self.used = 0
 
@@ -301,7 +273,7 @@ def _row_text(row: object, where: str, mode: str) -> str:
             place = f"{where}: {error.where}"
             raise DataError(error.what, where=place, expected=error.expected, found=error.found) from error
     else:
-        _check_columns(list(row), where)
+        check_columns(list(row), where)
         plain = row.get("text")
         if not isinstance(plain, str):
             raise DataError("A row has no text", where=f"{where}: text", expected="a string", found=repr(plain)[:120])
@@ -309,24 +281,6 @@ def _row_text(row: object, where: str, mode: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise DataError("A row has half a surrogate pair in its text", where=where, expected="valid Unicode")
     return text
-
-
-def _check_columns(columns: Sequence[str], where: str | Path) -> None:
-    if not any(column in columns for column in COLUMNS):
-        raise DataError(
-            "The calibration data has no column that can be used",
-            where=where,
-            expected=" or ".join(COLUMNS),
-            found=", ".join(map(str, columns)) or "no column",
-        )
-
-
-def _empty(where: str | Path) -> DataError:
-    return DataError("The calibration data is empty", where=where, expected="at least one row")
-
-
-def _unreadable(where: str | Path, error: BaseException) -> DataError:
-    return DataError("The calibration data cannot be read", where=where, found=error)
 
 
 def _check_ids(samples: Sequence[array[int]], vocab_size: int) -> None:
@@ -357,319 +311,3 @@ def _parse_tokenizer(cls: type[Tokenizer], text: str, file: Path) -> Tokenizer:
     tokenizer.no_truncation()  # the file may carry both settings, and either would break the packing
     tokenizer.no_padding()
     return tokenizer
-
-
-def _open(spec: DataSpec, base: Path | None) -> _Rows:
-    path = _locate(spec, base)
-    if path is None:
-        rows: _TableRows | _FileRows = _hub_rows(spec)
-    elif _is_saved(path):
-        rows = _saved_rows(path, spec.split)
-    else:
-        rows = _FileRows(path, _files(path, spec.split))
-        if spec.split is not None and path.is_file():
-            rows.name += f" (a file has no splits: {spec.split} has no effect)"
-    if not len(rows):
-        raise _empty(rows.name)
-    return rows
-
-
-def _locate(spec: DataSpec, base: Path | None) -> Path | None:
-    """The local file or folder that `spec.dataset` names, or None if it is a hub id."""
-    name = spec.dataset
-    try:
-        path = Path(name).expanduser()
-        path = path if base is None else base / path
-        if name and path.exists():
-            return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _unreadable(name, error) from error
-    if _HUB_ID.fullmatch(name) and not name.lower().endswith(FILE_TYPES):
-        return None
-    raise DataError(
-        "There is no such data set",
-        where=path,
-        expected="a JSONL, JSON or parquet file, a folder of them, a save_to_disk folder, or a hub id",
-        hint="a relative path starts at the folder named above" if not Path(name).is_absolute() else None,
-    )
-
-
-def _files(path: Path, split: str | None) -> list[Path]:
-    """Data files of a folder (or the file itself), sorted by path: of one type, parquet before JSONL before JSON.
-
-    The split of a file is a folder on its way, or its name up to a part number: `data/train_sft-00000-of-00003`.
-    """
-    if path.is_file():
-        if path.suffix.lower() not in FILE_TYPES:
-            raise DataError("This is no data file", where=path, expected=" or ".join(FILE_TYPES), found=path.suffix)
-        return [path]
-    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in FILE_TYPES and file.is_file()]
-    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    for suffix in (".parquet", ".jsonl", ".json"):
-        files = [file for file in found if file.suffix.lower() == suffix]
-        if files:
-            break
-    else:
-        raise DataError("The folder holds no data file", where=path, expected=" or ".join(FILE_TYPES))
-    if split is None:
-        return files
-    splits = {file: {re.split(r"-\d", file.stem)[0], *file.relative_to(path).parent.parts} for file in files}
-    chosen = [file for file in files if split in splits[file]]
-    if not chosen:
-        raise _no_split(path, split, sorted({name for names in splits.values() for name in names}))
-    return chosen
-
-
-def _no_split(where: str | Path, split: str | None, names: Sequence[str]) -> DataError:
-    return DataError(
-        "The data set has no such split" if split else "The data set has several splits and none is chosen",
-        where=where,
-        expected=split or "calibration.split",
-        found=", ".join(names),
-        hint="set calibration.split to one of those found",
-    )
-
-
-def _row_file(path: Path) -> _RowFile:
-    if path.suffix.lower() == ".parquet":
-        return _ParquetFile(path)
-    if path.suffix.lower() == ".json" and _starts_with_bracket(path):
-        return _JsonFile(path)
-    return _JsonLinesFile(path)
-
-
-def _starts_with_bracket(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _parse_json(raw: bytes, where: str | Path) -> object:
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError("The calibration data is not UTF-8", where=where, found=error) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError("The calibration data is not valid JSON", where=where, found=error) from error
-
-
-class _FileRows:
-    """Rows of several files, one file after the other."""
-
-    def __init__(self, path: Path, files: Sequence[Path]) -> None:
-        self.name = str(path) if len(files) == 1 else f"{path} ({len(files)} files)"
-        self._files = [_row_file(file) for file in files]
-        self._starts = list(accumulate(map(len, self._files), initial=0))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def row(self, i: int) -> object:
-        file = bisect_right(self._starts, i) - 1
-        return self._files[file].row(i - self._starts[file])
-
-    def where(self, i: int) -> str:
-        file = bisect_right(self._starts, i) - 1
-        return self._files[file].where(i - self._starts[file])
-
-
-class _JsonLinesFile:
-    """One JSON object per line; blank lines are passed over. Memory: 16 bytes per line, whatever their length."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
-        self._offsets, self._lines = array("q"), array("q")
-
-    def _scan(self) -> None:
-        offset = 0
-        try:
-            with self.path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        self._offsets.append(offset)
-                        self._lines.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
-
-    def __len__(self) -> int:
-        if not self._offsets:
-            self._scan()
-        return len(self._offsets)
-
-    def row(self, i: int) -> object:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self._offsets[i])
-                line = file.readline()
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
-        return _parse_json(line, self.where(i))
-
-    def where(self, i: int) -> str:
-        return f"{self.path}, line {self._lines[i]}"
-
-    def check(self) -> None:
-        try:
-            with self.path.open("rb") as file:
-                number, line = next(((n, line) for n, line in enumerate(file, 1) if line.strip()), (0, b""))
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
-        if not number:
-            raise _empty(self.path)
-        where = f"{self.path}, line {number}"
-        _row_text(_parse_json(line, where), where, "chat")
-
-
-class _JsonFile:
-    """One JSON list of objects, held in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        rows = _parse_json(raw, path)
-        self._rows = rows if isinstance(rows, list) else []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, i: int) -> object:
-        return self._rows[i]
-
-    def where(self, i: int) -> str:
-        return f"{self.path}, row {i} from 0"
-
-    def check(self) -> None:
-        if not self._rows:
-            raise _empty(self.path)
-        _row_text(self._rows[0], self.where(0), "chat")
-
-
-class _ParquetFile:
-    """A parquet file; one row group is held in memory, and only its columns that are used."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow.parquet  # type: ignore[import-untyped]
-
-        self.path, self.name = path, str(path)
-        try:
-            self._file = pyarrow.parquet.ParquetFile(path)
-        except (OSError, ValueError) as error:
-            raise _unreadable(path, error) from error
-        self._columns = [column for column in COLUMNS if column in self._file.schema_arrow.names]
-        sizes = (self._file.metadata.row_group(g).num_rows for g in range(self._file.metadata.num_row_groups))
-        self._starts = list(accumulate(sizes, initial=0))
-        self._group: tuple[int, Any] = (-1, None)
-
-    def __len__(self) -> int:
-        return int(self._file.metadata.num_rows)
-
-    def row(self, i: int) -> object:
-        _check_columns(self._file.schema_arrow.names, self.path)
-        group = bisect_right(self._starts, i) - 1
-        if self._group[0] != group:
-            try:
-                self._group = (group, self._file.read_row_group(group, columns=self._columns))
-            except (OSError, ValueError) as error:
-                raise _unreadable(self.path, error) from error
-        return self._group[1].slice(i - self._starts[group], 1).to_pylist()[0]
-
-    def where(self, i: int) -> str:
-        return f"{self.path}, row {i} from 0"
-
-    def check(self) -> None:
-        if not len(self):
-            raise _empty(self.path)
-        _check_columns(self._file.schema_arrow.names, self.path)
-
-
-class _TableRows:
-    """Rows of a `datasets.Dataset`."""
-
-    def __init__(self, table: Any, name: str) -> None:
-        self._table, self.name = table, name
-        _check_columns(table.column_names, name)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def row(self, i: int) -> object:
-        return self._table[i]
-
-    def where(self, i: int) -> str:
-        return f"{self.name}, row {i} from 0"
-
-
-_SAVED_DICT, _SAVED_TABLE = "dataset_dict.json", "dataset_info.json"
-
-
-def _is_saved(path: Path) -> bool:
-    """Is this a folder that `datasets.save_to_disk` wrote?"""
-    return (path / _SAVED_DICT).is_file() or ((path / "state.json").is_file() and (path / _SAVED_TABLE).is_file())
-
-
-def _check_saved(path: Path, split: str | None) -> None:
-    """What load_from_disk would find, from the JSON files alone: importing `datasets` takes seconds."""
-    if (path / _SAVED_DICT).is_file():
-        parsed = _parse_json(_read(path / _SAVED_DICT), path / _SAVED_DICT)
-        names = parsed.get("splits") if isinstance(parsed, dict) else None
-        path = path / _choose_split(names if isinstance(names, list) else [], split, path)
-    parsed = _parse_json(_read(path / _SAVED_TABLE), path / _SAVED_TABLE)
-    features = parsed.get("features") if isinstance(parsed, dict) else None
-    _check_columns(list(features or ()), path)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _choose_split(names: Sequence[str], split: str | None, where: str | Path) -> str:
-    if split is None and len(names) == 1:
-        return names[0]
-    if split is None or split not in names:
-        raise _no_split(where, split, names)
-    return split
-
-
-def _saved_rows(path: Path, split: str | None) -> _TableRows:
-    from datasets import DatasetDict, load_from_disk
-
-    _check_saved(path, split)
-    try:
-        table = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if isinstance(table, DatasetDict):
-        split = _choose_split(list(table), split, path)
-        return _TableRows(table[split], f"{path} ({split})")
-    if split is not None and table.split is not None and str(table.split) != split:
-        raise _no_split(path, split, [str(table.split)])
-    return _TableRows(table, str(path))
-
-
-def _hub_rows(spec: DataSpec) -> _TableRows:
-    import httpx
-    from datasets import DatasetDict, load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        table = load_dataset(spec.dataset, split=spec.split)
-    except (DatasetsError, httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(
-            "The data set cannot be loaded from the hub",
-            where=f"{spec.dataset}, split {spec.split}",
-            found=f"{type(error).__name__}: {error}",
-            hint="download it where there is a network and give its folder as calibration.dataset",
-        ) from error
-    if isinstance(table, DatasetDict):
-        split = _choose_split(list(table), spec.split, spec.dataset)
-        return _TableRows(table[split], f"{spec.dataset} ({split})")
-    return _TableRows(table, f"{spec.dataset} ({spec.split})")

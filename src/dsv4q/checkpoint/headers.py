@@ -95,7 +95,9 @@ class Findings:
         place = str(self.root / shown(file))
         name = "" if tensor is None else shown(tensor)
         where = place if tensor is None else f"{place}: {name}"
-        self._groups[what, place].append((name, SourceError(what, where=where, expected=expected, found=found, hint=hint)))
+        self._groups[what, place].append(
+            (name, SourceError(what, where=where, expected=expected, found=found, hint=hint))
+        )
 
     def add_error(self, error: SourceError) -> None:
         self._groups[error.what, str(error.where)].append(("", error))
@@ -224,8 +226,8 @@ def read_shard(file: str, expected: str | None, findings: Findings) -> Shard | N
         findings.add_error(error)
         return shard
     shard.readable = True
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict | None) or not all(isinstance(v, str) for v in (metadata or {}).values()):
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         findings.add("A shard's __metadata__ is not a map of strings", file, found=shown(repr(metadata)))
     data_start = 8 + len(raw)
     for name, info in header.items():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,11 @@ DTYPE_BYTES = {
 """Bytes per element of the safetensors dtype names."""
 
 Shape = tuple[int, ...]
+
+MAX_CONFIG = 16 << 20
+"""Longest config.json that is read, in bytes."""
+MAX_SIZE, MAX_COUNT = 1 << 24, 1 << 12
+"""Largest width, and most layers or experts, of a config.json: far above any model, and the tables below stay small."""
 
 SLIDING, CSA, HCA = 0, 4, 128
 """Compress ratios: sliding window only, compressed sparse (with indexer), heavily compressed attention."""
@@ -97,29 +103,30 @@ class Dims:
         """Read the dimensions of a parsed config.json.
 
         Raises:
-            SourceError: wrong model_type, a key missing or not a positive integer, ratios unknown or too few.
+            SourceError: wrong model_type, a key missing or not a positive integer of plausible size, ratios unknown or
+                too few, heads that o_groups does not divide, more experts per token than there are.
         """
         if config.get("model_type") != MODEL_TYPE:
             raise SourceError(
                 "This is not a DeepSeek-V4 checkpoint",
                 where=f"{where}: model_type",
                 expected=MODEL_TYPE,
-                found=config.get("model_type"),
+                found=_found(config, "model_type"),
             )
 
-        def number(key: str, default: int | None = None, least: int = 1) -> int:
+        def number(key: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE) -> int:
             value = config.get(key, default)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if type(value) is not int or not least <= value <= most:
                 raise SourceError(
                     f"config.json has no usable {key}",
                     where=f"{where}: {key}",
-                    expected=f"an integer of at least {least}",
-                    found="no such key" if value is None else repr(value),
+                    expected=f"an integer from {least} to {most:,}",
+                    found=_found(config, key),
                 )
             return value
 
-        layers = number("num_hidden_layers")
-        return cls(
+        layers = number("num_hidden_layers", most=MAX_COUNT)
+        dims = cls(
             hidden=number("hidden_size"),
             vocab=number("vocab_size"),
             layers=layers,
@@ -128,7 +135,7 @@ class Dims:
             q_lora=number("q_lora_rank"),
             o_groups=number("o_groups"),
             o_lora=number("o_lora_rank"),
-            experts=number("n_routed_experts"),
+            experts=number("n_routed_experts", most=MAX_COUNT),
             shared_experts=number("n_shared_experts", 1),
             experts_per_token=number("num_experts_per_tok"),
             moe_intermediate=number("moe_intermediate_size"),
@@ -137,18 +144,42 @@ class Dims:
             index_head_dim=number("index_head_dim"),
             hash_layers=min(number("num_hash_layers", 3, least=0), layers),
             ratios=_ratios(config, layers, where),
-            mtp_layers=number("num_nextn_predict_layers", 0, least=0),
+            mtp_layers=number("num_nextn_predict_layers", 0, least=0, most=MAX_COUNT),
         )
+        if dims.heads * dims.head_dim % dims.o_groups:
+            raise SourceError(
+                "config.json has numbers that do not fit each other",
+                where=f"{where}: o_groups",
+                expected=f"a divisor of num_attention_heads * head_dim = {dims.heads * dims.head_dim:,}",
+                found=f"{dims.o_groups:,}",
+            )
+        if dims.experts_per_token > dims.experts:
+            raise SourceError(
+                "config.json has numbers that do not fit each other",
+                where=f"{where}: num_experts_per_tok",
+                expected=f"at most n_routed_experts = {dims.experts:,}",
+                found=f"{dims.experts_per_token:,}",
+            )
+        return dims
+
+
+def _found(config: Mapping[str, Any], key: str) -> str:
+    return reprlib.repr(config[key]) if key in config else "no such key"
 
 
 def _ratios(config: Mapping[str, Any], layers: int, where: str | Path) -> tuple[int, ...]:
     ratios = config.get("compress_ratios")
-    if not isinstance(ratios, list) or len(ratios) < layers or any(r not in (SLIDING, CSA, HCA) for r in ratios):
+    # 4.0 and False equal ratios, but are none.
+    if (
+        not isinstance(ratios, list)
+        or len(ratios) < layers
+        or any(type(ratio) is not int or ratio not in (SLIDING, CSA, HCA) for ratio in ratios)
+    ):
         raise SourceError(
             "config.json has no usable compress_ratios",
             where=f"{where}: compress_ratios",
             expected=f"a list of at least {layers} entries out of 0, 4 and 128",
-            found="no such key" if ratios is None else repr(ratios)[:120],
+            found=_found(config, "compress_ratios"),
         )
     return tuple(ratios[:layers])
 
@@ -359,18 +390,31 @@ def load_config(path: Path) -> dict[str, Any]:
     """Parse a config.json (`path` is the file or the folder that holds it).
 
     Raises:
-        SourceError: absent, not JSON, not an object.
+        SourceError: absent, unreadable, too large, not JSON, not an object.
     """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise SourceError(
-            "There is no config.json here",
-            where=file,
-            hint="give a checkpoint folder, or a folder or file with just a config.json",
-        )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise SourceError(
+                "There is no config.json here",
+                where=file,
+                hint="give a checkpoint folder, or a folder or file with just a config.json",
+            )
+        size = file.stat().st_size
+        if size > MAX_CONFIG:
+            raise SourceError(
+                "This is too large to be a config.json",
+                where=file,
+                expected=f"at most {MAX_CONFIG:,} bytes",
+                found=f"{size:,} bytes",
+                hint="give the checkpoint folder, not one of its shards",
+            )
+        raw = file.read_bytes()
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        raise SourceError("config.json cannot be read", where=path, found=error) from error
+    try:
+        config = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # an integer of more than 4,300 digits is a plain ValueError
         raise SourceError("config.json is not valid JSON", where=file, found=error) from error
     if not isinstance(config, dict):
         raise SourceError("config.json is not a JSON object", where=file, found=type(config).__name__)

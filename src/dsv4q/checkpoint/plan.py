@@ -16,9 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dsv4q.checkpoint.compare import compare_with_layout, draft_kind
 from dsv4q.checkpoint.layout import DTYPE_BYTES, HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
 from dsv4q.checkpoint.schemes import Scheme, stored_tensors
-from dsv4q.checkpoint.source import Checkpoint, compare_with_layout, draft_kind
+from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.targets import published_config, select
 from dsv4q.config import Config
 from dsv4q.errors import ConfigError, Dsv4qError, SourceError

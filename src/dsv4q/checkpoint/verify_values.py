@@ -22,8 +22,9 @@ from dsv4q.calibration.encode import (
     nvfp4_encode,
     nvfp4_scale,
 )
+from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.layout import Dims, TensorSpec
-from dsv4q.checkpoint.source import Checkpoint, TensorEntry, scan
+from dsv4q.checkpoint.source import Checkpoint, scan
 from dsv4q.checkpoint.verify_bounds import (
     E2M1,
     E4M3,

@@ -1,0 +1,140 @@
+"""DeepSeek's own weight formats to BF16, exactly or not at all: pure tensor maths, any device.
+
+E8M0 (OCP Microscaling Formats 1.0): a byte b stands for 2^(b - 127); 0xFF is NaN.
+MXFP4 (same document): E2M1 values 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign, code = sign << 3 | index, two per byte with the
+even column in the low nibble; one E8M0 scale for every 32 columns of a row. value = q * scale.
+FP8 blocks: E4M3 values, one scale for every 128x128 block, blocks at the edge smaller. value = q * scale. The scale is
+E8M0, or F32 in the Base release (https://github.com/NVIDIA-NeMo/Automodel/issues/2034), where it must be a power of two.
+
+A value has at most 4 significant bits, so BF16, with its 8, holds it unless its exponent is out of reach. Exponents
+prove that for a whole tensor at once; only a tensor with a scale near the ends of the range is compared bit for bit.
+-0 stays -0.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dsv4q.errors import WeightError
+
+FP8_BLOCK = 128
+MXFP4_GROUP = 32
+E8M0_BIAS = 127
+E8M0_NAN = 0xFF
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_SAFE_MXFP4 = (0, 125 + E8M0_BIAS)
+"""E8M0 codes under which every E2M1 value is a BF16 number: multiples of 2^-128 up to 1.5 * 2^127."""
+_SAFE_FP8 = (-124 + E8M0_BIAS, 119 + E8M0_BIAS)
+"""The same for E4M3, whose values are multiples of 2^-9 up to 1.75 * 2^8; BF16's are multiples of 2^-133."""
+_AGAIN = "get this shard again; what is finished so far is kept, and the same command resumes"
+
+
+@torch.no_grad()
+def mxfp4_to_bf16(packed: Tensor, scale: Tensor, where: str = "") -> Tensor:
+    """Dequantize MXFP4.
+
+    Args:
+        packed: U8 or I8 [..., M, N/2].
+        scale: E8M0 as F8_E8M0 or U8 [..., M, ceil(N/32)].
+        where: names the tensor in errors.
+
+    Returns:
+        BF16 [..., M, N].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+        WeightError: a NaN scale; a value that BF16 does not hold.
+    """
+    columns = packed.shape[-1] * 2
+    _check(scale, (*packed.shape[:-1], -(-columns // MXFP4_GROUP)))
+    codes = _e8m0_codes(scale, where)
+    pairs = _e2m1_pairs(packed.device).index_select(0, packed.view(torch.uint8).flatten().to(torch.int32))
+    values = pairs.view(torch.bfloat16).view(*packed.shape[:-1], columns)
+    factors = _spread(codes, MXFP4_GROUP, columns)
+    return _product(values, factors, codes, _SAFE_MXFP4, where)
+
+
+@torch.no_grad()
+def fp8_to_bf16(weight: Tensor, scale: Tensor, where: str = "") -> Tensor:
+    """Dequantize FP8 blocks.
+
+    Args:
+        weight: F8_E4M3 [..., M, N].
+        scale: E8M0 as F8_E8M0 or U8, or F32 powers of two, [..., ceil(M/128), ceil(N/128)].
+        where: names the tensor in errors.
+
+    Returns:
+        BF16 [..., M, N].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+        WeightError: a NaN value or scale; an F32 scale that is no power of two; a value that BF16 does not hold.
+    """
+    rows, columns = weight.shape[-2:]
+    _check(scale, (*weight.shape[:-2], -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)))
+    if weight.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"FP8 weights are F8_E4M3, not {weight.dtype}")
+    nan = weight.view(torch.uint8).bitwise_and(0x7F) == 0x7F
+    _refuse_if(nan, "A source tensor has NaN or Inf", "E4M3 values without NaN (0x7F or 0xFF)", where)
+    codes = _f32_codes(scale, where) if scale.dtype == torch.float32 else _e8m0_codes(scale, where)
+    wide = _spread(codes, FP8_BLOCK, columns)
+    factors = wide.repeat_interleave(FP8_BLOCK, dim=-2)[..., :rows, :]
+    return _product(weight.to(torch.bfloat16), factors, codes, _SAFE_FP8, where)
+
+
+def _check(scale: Tensor, shape: tuple[int, ...]) -> None:
+    """A scale of another shape could broadcast and give wrong values in silence."""
+    if tuple(scale.shape) != shape:
+        raise ValueError(f"the scale has shape {list(scale.shape)}, not {list(shape)}")
+
+
+def _e8m0_codes(scale: Tensor, where: str) -> Tensor:
+    if scale.dtype not in (torch.float8_e8m0fnu, torch.uint8):
+        raise ValueError(f"E8M0 scales are F8_E8M0 or U8, not {scale.dtype}")
+    codes = scale.view(torch.uint8)
+    _refuse_if(codes == E8M0_NAN, "A scale is NaN", "E8M0 scales without 0xFF", where)
+    return codes
+
+
+def _f32_codes(scale: Tensor, where: str) -> Tensor:
+    """The E8M0 code of each F32 power of two: its exponent field."""
+    bits = scale.contiguous().view(torch.int32)
+    code = bits >> 23
+    bad = (bits & 0x7FFFFF != 0) | (code <= 0) | (code >= E8M0_NAN)
+    _refuse_if(bad, "A scale is not a power of two, so BF16 cannot hold the weights exactly", "powers of two", where)
+    return code.to(torch.uint8)
+
+
+def _spread(codes: Tensor, group: int, columns: int) -> Tensor:
+    """BF16 [..., columns]: 2^(code - 127), each for `group` columns."""
+    # The code is BF16's exponent field too, but for 0: 2^-127 is a subnormal.
+    bits = (codes.to(torch.int16) << 7).masked_fill_(codes == 0, 0x0040)
+    return bits.view(torch.bfloat16).repeat_interleave(group, dim=-1)[..., :columns]
+
+
+def _product(values: Tensor, factors: Tensor, codes: Tensor, safe: tuple[int, int], where: str) -> Tensor:
+    result = values * factors
+    if codes.numel() and (int(codes.min()) < safe[0] or int(codes.max()) > safe[1]):
+        true = values.to(torch.float32) * factors.to(torch.float32)
+        lost = ~true.isfinite() | (result.to(torch.float32) != true)
+        _refuse_if(lost, "A dequantized value is not a BF16 number", "values that BF16 holds exactly", where)
+    return result
+
+
+def _refuse_if(bad: Tensor, what: str, expected: str, where: str) -> None:
+    if bool(bad.any()):
+        first = [int(i) for i in bad.nonzero()[0]]
+        found = f"{int(bad.sum()):,} of {bad.numel():,} are not, the first at {first}"
+        raise WeightError(what, where=where or None, expected=expected, found=found, hint=_AGAIN)
+
+
+@cache
+def _e2m1_pairs(device: torch.device) -> Tensor:
+    """I32 [256]: the two BF16 values of every byte, low nibble first (in memory, so little-endian machines only)."""
+    table = torch.tensor(_E2M1, dtype=torch.bfloat16)
+    byte = torch.arange(256)
+    return torch.stack((table[byte & 15], table[byte >> 4]), dim=-1).view(torch.int32).flatten().to(device)
