@@ -111,14 +111,14 @@ def plan(
 
     Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
+    from dsv4q.checkpoint.native import scan_source
     from dsv4q.checkpoint.plan import free_bytes, make_plan
-    from dsv4q.checkpoint.source import scan
     from dsv4q.config import load_config
     from dsv4q.show import show_plan
 
     console = _console(as_json, quiet)
     parsed = load_config(config)
-    with scan(source) as checkpoint:
+    with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
     console.data(made.as_dict())
     show_plan(made, console)
@@ -133,7 +133,7 @@ def plan(
 
 @app.command()
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The BF16 checkpoint's folder.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder: BF16, or DeepSeek's own FP8 and MXFP4.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the artifact: new, empty or unfinished.")],
     config: ConfigFile,
     data: Annotated[

@@ -6,6 +6,7 @@ made. Nothing outside OUT is written, and OUT/.dsv4q holds all that an unfinishe
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from dsv4q import __version__
 from dsv4q.checkpoint.finish import write_small_files
 from dsv4q.checkpoint.journal import INDEX, REPORT, Journal, check_output, first_difference, is_finished
+from dsv4q.checkpoint.native import open_source, scan_source
 from dsv4q.checkpoint.plan import Plan, free_bytes, make_plan, require_weights, with_problem
-from dsv4q.checkpoint.source import Checkpoint, open_checkpoint, scan
+from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.verify import verify_headers
 from dsv4q.checkpoint.writer import ShardWriter, check_finished_shards
 from dsv4q.config import Config
@@ -54,7 +56,7 @@ def prepare(job: Job) -> Plan:
         OutputError, SourceError, ConfigError: what makes planning itself impossible.
     """
     check_output(job.out, job.source)
-    checkpoint = scan(job.source)
+    checkpoint = scan_source(job.source)
     require_weights(checkpoint)
     with checkpoint:
         free = free_bytes(job.out)
@@ -74,7 +76,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
     if plan.problems:
         raise _first(plan.problems)
     begin = time.time()
-    with open_checkpoint(job.source) as source:
+    with open_source(job.source) as source:
         device = _device(job.device, plan)
         data = _load_data(job, plan)
         _same_threads(job)
@@ -121,7 +123,9 @@ def _run_blocks(
             progress.skip(sum(s.nbytes for s in plan.source_specs if s.block in journal.done))
 
             def advance(block: str, nbytes: int) -> None:
-                progress.describe(block)
+                if block != progress.description:
+                    progress.describe(block)
+                    _return_freed_memory()
                 progress.advance(nbytes)
 
             run_oneshot(
@@ -131,6 +135,16 @@ def _run_blocks(
             )
     finally:
         writer.close()
+
+
+def _return_freed_memory() -> None:
+    """Have the heap give freed memory back to the system, where it is glibc's.
+
+    It keeps what a block freed, in pieces that the next block does not quite fit, and so grows from block to block.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _first(problems: tuple[Dsv4qError, ...]) -> Dsv4qError:

@@ -17,6 +17,12 @@ _DRAFTS = {
     "unknown": "something under mtp. that is neither MTP nor DSpark",
 }
 
+_LAYOUTS = {
+    "bf16": "BF16",
+    "native": "DeepSeek's own layout, read as the BF16 that it stands for",
+    "assumed bf16": "BF16 is assumed, for there are no weights here",
+}
+
 SHOWN = 20
 """Differences and problems printed in full; `--json` has all of them."""
 
@@ -40,7 +46,10 @@ def show_plan(plan: Plan, console: Console) -> None:
         ["file", "tensors", "bytes", "blocks"],
         [[s["file"], f"{s['tensors']:,}", human_bytes(s["bytes"]), _span(s["blocks"])] for s in artifact["shards"]],
     )
-    console.print(f"source     {source['tensors']:,} tensors, {human_bytes(source['bytes'])}")
+    console.print(
+        f"source     {source['tensors']:,} tensors, {human_bytes(source['bytes'])}; {_LAYOUTS[source['layout']]}"
+        + (f" ({_forms(source['forms'])})" if source["layout"] == "native" else "")
+    )
     console.print(
         f"artifact   {artifact['tensors']:,} tensors, {human_bytes(artifact['bytes'])}, "
         f"in {len(artifact['shards'])} shards"
@@ -62,6 +71,10 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.error(problem)
     if len(plan.problems) > SHOWN:
         console.warn(f"{len(plan.problems) - SHOWN} more problems; --json lists them all")
+
+
+def _forms(forms: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {form}" for form, count in forms.items())
 
 
 def _there(entry: dict[str, int] | None) -> list[str]:

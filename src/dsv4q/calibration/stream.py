@@ -112,13 +112,16 @@ class BlockStream:
         forward = self._is_forward(block)
         for spec in specs:
             with watch.stage("read"):
-                tensor = self._read(spec)
+                tensor = self.source.tensor(spec.name)
             if spec.name in kept:
                 with watch.stage("write"):
                     self.writer.put(spec.name, tensor_bytes(tensor))
             if forward or spec.name in encoded:
                 with watch.stage("copy"):
-                    set_tensor(self.model, spec.hf_name, tensor.to(self.device))
+                    tensor = tensor.to(self.device)
+                    set_tensor(self.model, spec.hf_name, tensor)
+            with watch.stage("check"):
+                self._check_finite(spec, tensor)
             self.advance(block, spec.nbytes)
         for copy in (t for t in tensors if not t.encoded and t.name != t.spec.name):
             with watch.stage("write"):
@@ -225,18 +228,18 @@ class BlockStream:
 
     # ------------------------------------------------------------------------------------------- reading
 
-    def _read(self, spec: TensorSpec) -> torch.Tensor:
-        tensor = self.source.tensor(spec.name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = (~torch.isfinite(tensor)).reshape(-1).nonzero()
-            raise WeightError(
-                "A source tensor has NaN or Inf",
-                where=f"{spec.name} in {self.source.tensors[spec.name].file}",
-                expected="finite values",
-                found=f"{len(bad)} of {tensor.numel()} values, the first at element {int(bad[0])}",
-                hint="get this shard again; what is finished so far is kept, and the same command resumes",
-            )
-        return tensor
+    def _check_finite(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
+        """One pass on whichever device has the tensor; minimum and maximum are NaN if any element is."""
+        if not tensor.is_floating_point() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+            return
+        bad = (~torch.isfinite(tensor)).reshape(-1).nonzero()
+        raise WeightError(
+            "A source tensor has NaN or Inf",
+            where=f"{spec.name} in {self.source.tensors[spec.name].file}",
+            expected="finite values",
+            found=f"{len(bad)} of {tensor.numel()} values, the first at element {int(bad[0])}",
+            hint="get this shard again; what is finished so far is kept, and the same command resumes",
+        )
 
     def _batches(self) -> tuple[torch.Tensor, ...]:
         return () if self.data is None else self.data.batches

@@ -1,10 +1,11 @@
 """DeepSeek's own weight formats to BF16, exactly or not at all: pure tensor maths, any device.
 
 E8M0 (OCP Microscaling Formats 1.0): a byte b stands for 2^(b - 127); 0xFF is NaN.
-MXFP4 (same document): E2M1 values 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign, code = sign << 3 | index, two per byte with the
-even column in the low nibble; one E8M0 scale for every 32 columns of a row. value = q * scale.
+MXFP4 (same document): E2M1 values 0, .5, 1, 1.5, 2, 3, 4, 6 with a sign, code = sign << 3 | index, two in a byte with
+the even column in the low nibble; one E8M0 scale for every 32 columns of a row. value = q * scale.
 FP8 blocks: E4M3 values, one scale for every 128x128 block, blocks at the edge smaller. value = q * scale. The scale is
-E8M0, or F32 in the Base release (https://github.com/NVIDIA-NeMo/Automodel/issues/2034), where it must be a power of two.
+E8M0, or F32 in the Base release (https://github.com/NVIDIA-NeMo/Automodel/issues/2034); then it has to be a power of
+two.
 
 A value has at most 4 significant bits, so BF16, with its 8, holds it unless its exponent is out of reach. Exponents
 prove that for a whole tensor at once; only a tensor with a scale near the ends of the range is compared bit for bit.

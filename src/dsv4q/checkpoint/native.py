@@ -18,14 +18,14 @@ Everything after this module sees one checkpoint of BF16 names, shapes and bytes
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.headers import Findings, TensorEntry, few
-from dsv4q.checkpoint.layout import DTYPE_BYTES, Dims, Role, Shape, TensorSpec, source_tensors
+from dsv4q.checkpoint.layout import Dims, Role, Shape, TensorSpec, source_tensors
 from dsv4q.checkpoint.source import Checkpoint, require_sound, scan
 from dsv4q.errors import SourceError
 
@@ -150,9 +150,9 @@ def as_source(checkpoint: Checkpoint) -> Checkpoint:
     if not (scales or low) or any(name.endswith(_COMPRESSED) for name in there):
         return checkpoint
     findings = Findings(checkpoint.root)
+    _check_experts(checkpoint, specs, findings)
     quantized = {spec.name: pair for spec in low if (pair := _pair(checkpoint, spec, findings))}
     _check_lone_scales(checkpoint, scales, findings)
-    _check_experts(checkpoint, specs, findings)
     consumed = {*scales.values(), *(s.name for s in low)}
     logical = {name: entry for name, entry in there.items() if name not in consumed}
     for spec in low:
@@ -233,41 +233,52 @@ def _check_lone_scales(checkpoint: Checkpoint, scales: Mapping[str, str], findin
 
 
 def _check_experts(checkpoint: Checkpoint, specs: Iterable[TensorSpec], findings: Findings) -> None:
-    """All routed experts of the main layers have one quantized form, and so have those of each MTP block."""
-    forms = {
-        spec.name: (spec, _FORMS.get(checkpoint.tensors[spec.name].dtype, checkpoint.tensors[spec.name].dtype))
-        for spec in specs
-        if spec.role == Role.ROUTED_EXPERT and spec.name in checkpoint.tensors
-    }
-    for name, usual, strangers in _strangers(forms):
-        counts = Counter(form for form, _ in strangers)
-        found = ", ".join(f"{count:,} tensors as {form}" for form, count in counts.items())
+    """The routed experts of all main layers have one quantized form, and those of each MTP block have one form."""
+    groups: dict[str, list[TensorSpec]] = defaultdict(list)
+    for spec in specs:
+        if spec.role == Role.ROUTED_EXPERT and _form(checkpoint, spec.name) is not None:
+            groups[spec.block if spec.is_mtp else ""].append(spec)
+    for draft, members in groups.items():
+        counts = Counter(form for s in members if (form := _form(checkpoint, s.name)) is not None)
+        quantized = Counter({form: count for form, count in counts.items() if form != "BF16"})
+        usual = (quantized or counts).most_common(1)[0][0]
+        if len(counts) > 1:
+            _name_strangers(checkpoint, [s for s in members if _form(checkpoint, s.name) != usual], usual, findings)
+        elif usual == "BF16" and not draft:
+            findings.add_error(
+                SourceError(
+                    "The linears are quantized as in the native release, but the routed experts are BF16",
+                    where=checkpoint.root,
+                    expected="routed experts as MXFP4 (official release) or FP8 (Base)",
+                    found=f"{len(members):,} experts' weights as BF16 ({few([s.name for s in members])})",
+                    hint=_WHOLE,
+                )
+            )
+
+
+def _form(checkpoint: Checkpoint, name: str) -> str | None:
+    """MXFP4, FP8 or BF16; None for what is not there or is an error of its own."""
+    entry = checkpoint.tensors.get(name)
+    return None if entry is None else "BF16" if entry.dtype == "BF16" else _FORMS.get(entry.dtype)
+
+
+def _name_strangers(checkpoint: Checkpoint, strangers: list[TensorSpec], usual: str, findings: Findings) -> None:
+    """One error for the strangers of each block."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for spec in strangers:
+        blocks[spec.block].append(spec.name)
+    for block, names in blocks.items():
+        counts = Counter(_form(checkpoint, name) for name in names)
+        found = ", ".join(f"{count:,} weights as {form}" for form, count in counts.items())
         findings.add_error(
             SourceError(
-                f"The routed experts of {name} mix layouts",
+                f"The routed experts of {block} mix layouts",
                 where=checkpoint.root,
-                expected=f"all as {usual}, as most of them, or as their scales say" if usual else "MXFP4 or FP8",
-                found=f"{found} ({few([stranger for _, stranger in strangers])})",
+                expected=f"all as {usual}, as most of the checkpoint's",
+                found=f"{found} ({few(names)})",
                 hint=_WHOLE,
             )
         )
-
-
-def _strangers(
-    forms: Mapping[str, tuple[TensorSpec, str]],
-) -> Iterator[tuple[str, str | None, list[tuple[str, str]]]]:
-    """For each block with experts out of line: its name, the form they should have, their forms and names."""
-    draft = {spec.block for spec, _ in forms.values() if spec.is_mtp}
-    for blocks in ({s.block for s, _ in forms.values() if not s.is_mtp}, *({block} for block in sorted(draft))):
-        inside = {name: (spec.block, form) for name, (spec, form) in forms.items() if spec.block in blocks}
-        quantized = Counter(form for _, form in inside.values() if form in (MXFP4, FP8))
-        usual = quantized.most_common(1)[0][0] if quantized else None
-        out: dict[str, list[tuple[str, str]]] = {}
-        for name, (block, form) in inside.items():
-            if form != usual:
-                out.setdefault(block, []).append((form, name))
-        for block, strangers in out.items():
-            yield block, usual, strangers
 
 
 # ------------------------------------------------------------------------------------------------ what was found
@@ -291,6 +302,3 @@ def forms_of(checkpoint: Checkpoint) -> dict[str, int]:
 def is_dequantized(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor's bytes are made when it is read, instead of lying in a file."""
     return isinstance(checkpoint, NativeCheckpoint) and name in checkpoint.quantized
-
-
-assert all(dtype in DTYPE_BYTES for dtype in _FORMS)

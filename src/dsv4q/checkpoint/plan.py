@@ -18,6 +18,7 @@ from typing import Any
 
 from dsv4q.checkpoint.compare import compare_with_layout, draft_kind
 from dsv4q.checkpoint.layout import DTYPE_BYTES, HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
+from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of
 from dsv4q.checkpoint.schemes import Scheme, stored_tensors
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.targets import published_config, select
@@ -88,6 +89,27 @@ class PlannedShard:
 
 
 @dataclass(frozen=True)
+class SourceFiles:
+    """How the source lies on disk."""
+
+    layout: str
+    """`bf16`, `native` (DeepSeek's FP8 and MXFP4), or `assumed bf16` where there is just a config.json."""
+    forms: dict[str, int]
+    """Tensors of the model by the form that they are stored in: MXFP4, FP8, or their dtype."""
+    entries: dict[str, tuple[int, int]]
+    """Tensor of the model -> tensors in the files that hold it, a scale counted too, and their bytes."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> SourceFiles:
+        entries = {s.name: entries_of(checkpoint, s.name) for s in specs}
+        sizes = {s.name: (1, s.nbytes) for s in specs}
+        sizes |= {name: (len(found), sum(e.nbytes for e in found)) for name, found in entries.items() if found}
+        if not checkpoint.has_weights:
+            return cls("assumed bf16", dict(Counter(s.dtype for s in specs).most_common()), sizes)
+        return cls("native" if isinstance(checkpoint, NativeCheckpoint) else "bf16", forms_of(checkpoint), sizes)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Bytes that the run needs at most."""
 
@@ -105,6 +127,8 @@ class Plan:
     dims: Dims
     config: Config
     source_specs: tuple[TensorSpec, ...]
+    """The tensors of the model, as BF16."""
+    source_files: SourceFiles
     shards: tuple[PlannedShard, ...]
     group_of: dict[str, str]
     artifact_config: dict[str, Any]
@@ -150,15 +174,17 @@ class Plan:
         return {
             "source": {
                 "path": self.source,
-                "tensors": len(self.source_specs),
-                "bytes": sum(s.nbytes for s in self.source_specs),
-                "classes": _classes((s, s.nbytes) for s in self.source_specs),
+                "layout": self.source_files.layout,
+                "forms": self.source_files.forms,
+                "tensors": sum(count for count, _ in self.source_files.entries.values()),
+                "bytes": sum(nbytes for _, nbytes in self.source_files.entries.values()),
+                "classes": _classes((s, *self.source_files.entries[s.name]) for s in self.source_specs),
                 "draft": self.draft,
             },
             "artifact": {
                 "tensors": len(self.tensors),
                 "bytes": self.artifact_bytes,
-                "classes": _classes((t.spec, t.nbytes) for t in self.tensors),
+                "classes": _classes((t.spec, 1, t.nbytes) for t in self.tensors),
                 "mtp_tensors": len(mtp),
                 "mtp_bytes": sum(t.nbytes for t in mtp),
                 "quantized_linears": dict(Counter(self.group_of.values())),
@@ -183,11 +209,12 @@ def class_name(spec: TensorSpec) -> str:
     return f"mtp: {spec.role}" if spec.is_mtp else spec.role
 
 
-def _classes(items: Iterable[tuple[TensorSpec, int]]) -> dict[str, dict[str, int]]:
+def _classes(items: Iterable[tuple[TensorSpec, int, int]]) -> dict[str, dict[str, int]]:
+    """Tensors and bytes by class, of (tensor of the model, tensors, bytes)."""
     found: dict[str, dict[str, int]] = {}
-    for spec, nbytes in items:
+    for spec, count, nbytes in items:
         entry = found.setdefault(class_name(spec), {"tensors": 0, "bytes": 0})
-        entry["tensors"] += 1
+        entry["tensors"] += count
         entry["bytes"] += nbytes
     return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
 
@@ -237,6 +264,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         dims=dims,
         config=config,
         source_specs=tuple(specs),
+        source_files=SourceFiles.of(checkpoint, specs),
         shards=shards,
         group_of=dict(selection.group_of),
         artifact_config=_artifact_config(checkpoint.config, config, dims, dict(selection.group_of)),

@@ -23,10 +23,10 @@ PACKED_INT = "pack-quantized"
 MIXED = "mixed-precision"
 
 Format = Literal[
-    "dense", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized",
+    "int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized",
     "mxfp4-pack-quantized", "mxfp8-quantized",
 ]  # fmt: skip
-"""What compressed-tensors 0.19 can compress a module to."""
+"""Formats of compressed-tensors 0.19 that store a quantized module."""
 
 StoredTensor = tuple[str, str, Shape]
 """Suffix behind the module's name, safetensors dtype, shape."""
@@ -71,11 +71,13 @@ class QuantArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _normal_form(cls, raw: Any) -> Any:
-        """What compressed-tensors' own validators do before they look: lower case, strategy inferred."""
+        """What the libraries do before they look: lower case, observer names by `_`, strategy inferred."""
         if not isinstance(raw, dict):
             return raw
         lower = {k: v.lower() for k, v in raw.items() if k in _LOWERED and isinstance(v, str)}
         raw = {**raw, **lower}
+        if isinstance(raw.get("observer"), str):
+            raw["observer"] = raw["observer"].lower().replace("-", "_")
         if raw.get("strategy") is None:
             size = raw.get("group_size")
             raw["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"

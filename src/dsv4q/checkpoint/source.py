@@ -427,7 +427,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         SourceError: the first problem; its hint tells how many more there are.
     """
-    checkpoint = scan(path)
+    return require_sound(scan(path), path)
+
+
+def require_sound(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """The checkpoint, which was found at `path`, if it has no problem.
+
+    Raises:
+        SourceError: the first problem; its hint tells how many more there are.
+    """
     if not checkpoint.problems:
         return checkpoint
     first, more = checkpoint.problems[0], len(checkpoint.problems) - 1

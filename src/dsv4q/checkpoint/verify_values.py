@@ -24,6 +24,7 @@ from dsv4q.calibration.encode import (
 )
 from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.layout import Dims, TensorSpec
+from dsv4q.checkpoint.native import is_dequantized, scan_source
 from dsv4q.checkpoint.source import Checkpoint, scan
 from dsv4q.checkpoint.verify_bounds import (
     E2M1,
@@ -60,7 +61,7 @@ def judge_values(
     with scan(survey.root) as artifact:
         if source is None:
             return _Judge(survey, artifact, None, deep, progress, device, log).run()
-        with scan(source) as original:
+        with scan_source(source) as original:
             _compare_folders(survey, original, log)
             return _Judge(survey, artifact, original, deep, progress, device, log).run()
 
@@ -143,7 +144,7 @@ class _Judge:
         others = (
             iter(())
             if twin is None or self.source is None
-            else _pieces(self.source.root / twin.file, twin.start, twin.nbytes, twin.name)
+            else _source_pieces(self.source, twin)
         )
         different, first, done = 0, 0, 0
         findings = _NonFinite(header.dtype, self.survey.dims.experts if name.endswith(".tid2eid") else None)
@@ -389,6 +390,16 @@ def _pieces(path: Path, start: int, nbytes: int, name: str) -> Iterator[bytearra
         raise SourceError(
             "Reading a shard failed", where=f"{path}: {name}", found=error, hint="check the disk"
         ) from error
+
+
+def _source_pieces(source: Checkpoint, twin: TensorEntry) -> Iterator[memoryview | bytearray]:
+    """`_pieces` of a tensor of the source; one that is dequantized when read is read whole, then cut."""
+    if not is_dequantized(source, twin.name):
+        yield from _pieces(source.root / twin.file, twin.start, twin.nbytes, twin.name)
+        return
+    whole = source.read(twin.name)
+    for start in range(0, twin.nbytes, _PIECE):
+        yield whole[start : start + _PIECE]
 
 
 def _place(mask: Tensor) -> list[int]:
