@@ -11,6 +11,8 @@ Everything is frozen and unknown keys are refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -137,6 +139,18 @@ class Config(_Frozen):
         return {"recipe": {"config_groups": groups, "ignore": list(self.ignore)}, **plain}
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, but a key that stands twice in a mapping is an error: plain YAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path) -> Config:
     """Read a config YAML.
 
@@ -147,7 +161,7 @@ def load_config(path: Path) -> Config:
     if not path.is_file():
         raise ConfigError("There is no such config", where=path, hint="see configs/ for the shipped ones")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("The config is not valid YAML", where=path, found=error) from error
     return parse_config(raw, where=str(path))
@@ -165,9 +179,12 @@ def parse_config(raw: object, where: str = "config") -> Config:
         groups = config.groups
     except RecipeError as error:
         error.where = f"{where}: {error.where or 'recipe'}"
+        error.args = (error.text(),)
         raise
     if not groups:
         raise RecipeError("The recipe has no config group", where=where, hint="see configs/ for examples")
+    if not config.has_input_scales:
+        _check_no_effect(config, where)
     if config.activations.scales == "bound":
         _check_bound(config, where)
     if config.needs_data and config.calibration is None:
@@ -178,6 +195,21 @@ def parse_config(raw: object, where: str = "config") -> Config:
             hint="or activations: bound, which needs no data",
         )
     return config
+
+
+def _check_no_effect(config: Config, where: str) -> None:
+    for section, given in (
+        ("calibration", config.calibration is not None),
+        ("activations", config.activations != Activations()),
+    ):
+        if given:
+            raise ConfigError(
+                f"The config has a section that would have no effect: {section}",
+                where=f"{where}: {section}",
+                expected="a recipe that stores input scales, or no such section",
+                found="a recipe in which every quantized input is dynamic, or none is quantized",
+                hint=f"leave the {section} section out",
+            )
 
 
 def _check_bound(config: Config, where: str) -> None:
@@ -216,7 +248,8 @@ def _explain(error: ValidationError, where: str) -> dict[str, str]:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "top level"
     what = "Unknown key in the config" if first["type"] == "extra_forbidden" else f"Wrong value in the config: {key}"
-    details = {"what": what, "where": f"{where}: {key}", "expected": first["msg"], "found": repr(first["input"])[:200]}
+    expected = first["msg"].removeprefix("Value error, ")
+    details = {"what": what, "where": f"{where}: {key}", "expected": expected, "found": repr(first["input"])[:200]}
     if first["type"] == "extra_forbidden":
         details["expected"] = "only keys that docs/config.md lists"
     if error.error_count() > 1:
@@ -224,35 +257,66 @@ def _explain(error: ValidationError, where: str) -> dict[str, str]:
     return details
 
 
+_MODIFIER_KEYS = (
+    "config_groups", "ignore", "scheme", "targets", "weight_observer", "input_observer", "observer"
+)  # fmt: skip
+
+
 def _modifier(recipe: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the one QuantizationModifier of a recipe."""
     found: list[tuple[str, Any]] = []
     for stage, modifiers in recipe.items():
-        if not stage.endswith("_stage") or not isinstance(modifiers, dict):
-            raise RecipeError(
-                "The recipe is not in llmcompressor's form",
-                where=f"recipe.{stage}",
-                expected="<name>_stage: <name>_modifiers: QuantizationModifier: ...",
-                found=stage,
-            )
-        for group, members in modifiers.items():
-            if not group.endswith("_modifiers") or not isinstance(members, dict):
-                raise RecipeError(
-                    "The recipe is not in llmcompressor's form",
-                    where=f"recipe.{stage}.{group}",
-                    expected="<name>_modifiers: QuantizationModifier: ...",
-                    found=group,
-                )
-            found += members.items()
-    names = [name for name, _ in found]
-    if names != ["QuantizationModifier"] or not isinstance(found[0][1], dict):
+        for group, members in _members(stage, "_stage", modifiers, "recipe"):
+            found += _members(group, "_modifiers", members, f"recipe.{stage}")
+    names = [str(name) for name, _ in found]
+    if names != ["QuantizationModifier"]:
         raise RecipeError(
             "dsv4q runs recipes with exactly one QuantizationModifier",
             where="recipe",
             expected="QuantizationModifier",
             found=", ".join(names) or "no modifier",
         )
-    return dict(found[0][1])
+    arguments = found[0][1]
+    if not isinstance(arguments, dict):
+        raise RecipeError(
+            "The QuantizationModifier of the recipe has no arguments",
+            where="recipe: QuantizationModifier",
+            expected="config_groups, or scheme, and ignore",
+            found=repr(arguments),
+        )
+    _check_arguments(arguments)
+    return dict(arguments)
+
+
+def _members(name: object, suffix: str, value: object, where: str) -> Iterable[tuple[Any, Any]]:
+    if not isinstance(name, str) or not name.endswith(suffix) or not isinstance(value, dict):
+        raise RecipeError(
+            "The recipe is not in llmcompressor's form",
+            where=f"{where}.{name}",
+            expected="<name>_stage: <name>_modifiers: QuantizationModifier: ...",
+            found=f"{name}: {type(value).__name__}",
+        )
+    return value.items()
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    where = "recipe: QuantizationModifier"
+    for key in arguments:
+        if key not in _MODIFIER_KEYS:
+            raise RecipeError(
+                "The recipe's modifier has an argument that dsv4q does not know",
+                where=f"{where}.{key}",
+                expected=", ".join(_MODIFIER_KEYS),
+                found=key,
+            )
+    ignore = arguments.get("ignore")
+    if ignore is not None and not (isinstance(ignore, list) and all(isinstance(entry, str) for entry in ignore)):
+        raise RecipeError(
+            "Wrong value in the recipe: ignore",
+            where=f"{where}.ignore",
+            expected="a list of module names and re: patterns",
+            found=repr(ignore)[:200],
+        )
 
 
 def _groups(recipe: dict[str, Any]) -> dict[str, Scheme]:
@@ -260,7 +324,7 @@ def _groups(recipe: dict[str, Any]) -> dict[str, Scheme]:
     if set(modifier) <= {"config_groups", "ignore"} and isinstance(modifier.get("config_groups"), dict):
         raw = modifier["config_groups"]
         if all(isinstance(group, dict) for group in raw.values()):
-            return {name: _scheme(name, group) for name, group in raw.items()}
+            return {str(name): _scheme(str(name), group) for name, group in raw.items()}
     return _resolve_with_library(recipe)
 
 
@@ -269,7 +333,10 @@ def _scheme(name: str, raw: dict[str, Any]) -> Scheme:
         return Scheme.model_validate(raw)
     except ValidationError as error:
         details = _explain(error, f"recipe: config_groups.{name}")
-        raise RecipeError(**{**details, "what": details["what"].replace("config", "recipe", 1)}) from error
+        details["what"] = details["what"].replace("config", "recipe", 1)
+        if details["what"].startswith("Unknown"):
+            details["expected"] = "only fields of llmcompressor's config groups, which are compressed-tensors' own"
+        raise RecipeError(**details) from error
 
 
 def _resolve_with_library(recipe: dict[str, Any]) -> dict[str, Scheme]:
@@ -277,8 +344,9 @@ def _resolve_with_library(recipe: dict[str, Any]) -> dict[str, Scheme]:
     from llmcompressor.recipe import Recipe
 
     try:
-        modifier = Recipe.from_dict(recipe).modifiers[0]
+        modifier = Recipe.from_dict(deepcopy(recipe)).modifiers[0]
         groups = modifier.resolved_config.config_groups
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise RecipeError("llmcompressor refuses this recipe", where="recipe", found=error) from error
+        found = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else error
+        raise RecipeError("llmcompressor refuses this recipe", where="recipe", found=found) from error
     return {name: _scheme(name, group.model_dump(mode="json", exclude_unset=True)) for name, group in groups.items()}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.plan import Plan
 from dsv4q.console import Console, human_bytes, human_seconds
+from dsv4q.errorstats import Errors
 
 if TYPE_CHECKING:
     from dsv4q.calibration.data import CalibrationData
@@ -66,28 +67,11 @@ def _block_seconds(block: Mapping[str, Any]) -> float:
 
 def _errors(blocks: list[dict[str, Any]]) -> dict[str, Any]:
     """Errors of each class of tensors over all blocks."""
-    totals: dict[str, dict[str, Any]] = {}
+    totals: dict[str, Errors] = {}
     for block in blocks:
         for role, found in block.get("errors", {}).items():
-            total = totals.setdefault(
-                role,
-                {
-                    "tensors": 0,
-                    "exact": 0,
-                    "squared_error": 0.0,
-                    "squared_weight": 0.0,
-                    "worst": 0.0,
-                    "worst_tensor": "",
-                },
-            )
-            for key in ("tensors", "exact", "squared_error", "squared_weight"):
-                total[key] += found[key]
-            if found["worst"] >= total["worst"]:
-                total["worst"], total["worst_tensor"] = found["worst"], found["worst_tensor"]
-    for total in totals.values():
-        power = total["squared_weight"]
-        total["relative_error"] = (total["squared_error"] / power) ** 0.5 if power else 0.0
-    return totals
+            totals.setdefault(role, Errors()).merge(Errors.from_dict(found))
+    return {role: total.as_dict() for role, total in totals.items()}
 
 
 def _coverage(blocks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -137,6 +121,10 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
             for role, e in report["errors"].items()
         ],
     )  # fmt: skip
+    for role, e in report["errors"].items():
+        exact = f"{e['exact']:,} of {e['tensors']:,} tensors exact, max abs error {e['max_abs_error']:.4g}"
+        console.print(f"{role}s: {exact}")
+    _show_inputs(report, console)
     artifact, peak = report["artifact"], report["peak_memory"]
     console.print(
         f"{artifact['tensors']:,} tensors, {artifact['mtp_tensors']} of them mtp.*, "
@@ -144,6 +132,21 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
         f"{human_bytes(artifact['bytes'])}; {human_seconds(report['seconds']['this_process'])}, "
         f"peak memory {human_bytes(peak['host'])} host" + (f", {human_bytes(peak['gpu'])} GPU" if "gpu" in peak else "")
     )
+
+
+def _show_inputs(report: Mapping[str, Any], console: Console) -> None:
+    """Where the input scales came from, and how far the largest used amax lies below the largest possible one."""
+    ratios: dict[str, list[float]] = {}
+    for block in report["blocks"]:
+        for projection, amax in block.get("input_amax", {}).items():
+            ratios.setdefault(projection, []).append(amax["bound"] / amax["used"])
+    if not ratios:
+        return
+    if report["activations"]["scales"] == "bound":
+        console.print("input scales: analytic bounds, no data")
+        return
+    far = ", ".join(f"{projection} {min(r):.3g} to {max(r):.3g} times" for projection, r in sorted(ratios.items()))
+    console.print(f"input scales: observed; the analytic bound is larger by: {far}")
 
 
 def _block_row(block: Mapping[str, Any]) -> list[str]:

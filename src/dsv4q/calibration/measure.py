@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from dsv4q.calibration.encode import fp8_block_decode, int_group_decode, nvfp4_decode
 from dsv4q.calibration.upstream import decode_state, scheme_of
 from dsv4q.checkpoint.schemes import FLOAT, NVFP4, PACKED_INT
+from dsv4q.errorstats import Errors, TensorError
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -36,62 +35,23 @@ def decoded(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.Te
     return decode_state(module, state).to(torch.float32)
 
 
-@dataclass
-class Errors:
-    """Error of many tensors of one class, added up."""
-
-    tensors: int = 0
-    exact: int = 0
-    """Tensors that decode to the source in every element."""
-    squared_error: float = 0.0
-    squared_weight: float = 0.0
-    worst: float = 0.0
-    """Largest relative (Frobenius) error of one tensor."""
-    worst_tensor: str = ""
-
-    def add(self, names: Sequence[str], weights: torch.Tensor, stored: torch.Tensor) -> None:
-        """Count tensors: `weights` of the source and `stored` F32, both [len(names), out, in]."""
-        reference = weights.detach().to(torch.float32)
-        errors = (stored - reference).square_().sum(dim=(1, 2), dtype=torch.float64).tolist()
-        powers = reference.square().sum(dim=(1, 2), dtype=torch.float64).tolist()
-        # Bits, not values: a -0 that became +0 is not the source's element.
-        same = (stored.view(torch.int32) == reference.view(torch.int32)).flatten(1).all(dim=1).tolist()
-        for name, error, power, exact in zip(names, errors, powers, same, strict=True):
-            relative = math.sqrt(error / power) if power else (math.inf if error else 0.0)
-            self.tensors += 1
-            self.exact += exact
-            self.squared_error += error
-            self.squared_weight += power
-            if relative >= self.worst:
-                self.worst, self.worst_tensor = relative, name
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Errors:
-        return cls(**{key: raw[key] for key in cls.__dataclass_fields__})
-
-    def merge(self, other: Errors) -> None:
-        """Add the counts of another set of tensors."""
-        self.tensors += other.tensors
-        self.exact += other.exact
-        self.squared_error += other.squared_error
-        self.squared_weight += other.squared_weight
-        if other.worst >= self.worst:
-            self.worst, self.worst_tensor = other.worst, other.worst_tensor
-
-    @property
-    def relative(self) -> float:
-        """Relative error of all tensors together."""
-        return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """Signal to quantization noise in dB; None where there is no noise."""
-        return -20 * math.log10(self.relative) if self.relative else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The sums, and what follows from them."""
-        sums = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        return {**sums, "relative_error": self.relative, "sqnr_db": self.sqnr_db}
+def add_errors(errors: Errors, names: Sequence[str], weights: torch.Tensor, stored: torch.Tensor) -> None:
+    """Measure tensors: `weights` of the source and `stored` F32, both [len(names), out, in]."""
+    reference = weights.detach().to(torch.float32)
+    # Bits, not values: a -0 that became +0 is not the source's element.
+    same = (stored.view(torch.int32) == reference.view(torch.int32)).flatten(1).sum(dim=1)
+    difference = stored - reference
+    sums = torch.stack(
+        [
+            same.to(torch.float64) / reference[0].numel(),
+            difference.square().sum(dim=(1, 2), dtype=torch.float64),
+            reference.square().sum(dim=(1, 2), dtype=torch.float64),
+            difference.abs().amax(dim=(1, 2)).to(torch.float64),
+        ],
+        dim=1,
+    )
+    for name, numbers in zip(names, sums.tolist(), strict=True):
+        errors.add(name, TensorError(*numbers))
 
 
 @dataclass

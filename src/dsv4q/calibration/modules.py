@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, nvfp4_decode, nvfp4_encode
-from dsv4q.calibration.measure import Errors, decoded
+from dsv4q.calibration.measure import add_errors, decoded
 from dsv4q.calibration.observers import ExactNvfp4Observer, settle_nvfp4
 from dsv4q.calibration.upstream import encode_module, scheme_of
 from dsv4q.checkpoint.layout import TensorSpec
@@ -22,6 +22,7 @@ from dsv4q.checkpoint.plan import PlannedTensor
 from dsv4q.checkpoint.schemes import NVFP4
 from dsv4q.config import Activations
 from dsv4q.errors import CalibrationError
+from dsv4q.errorstats import Errors
 
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 
@@ -92,10 +93,10 @@ class Batch:
                 torch.stack([s["weight_scale"] for s in stored]),
                 self._stack("weight_global_scale"),
             )
-            errors.add([m.spec.name for m in self.members], self._stack("weight"), weights)
+            add_errors(errors, [m.spec.name for m in self.members], self._stack("weight"), weights)
             return
         for member, state in zip(self.members, stored, strict=True):
-            errors.add([member.spec.name], member.module.weight[None], decoded(member.module, state)[None])
+            add_errors(errors, [member.spec.name], member.module.weight[None], decoded(member.module, state)[None])
 
     def _stack(self, name: str) -> torch.Tensor:
         return torch.stack([_parameter(member, name) for member in self.members])

@@ -26,7 +26,7 @@ from llmcompressor.utils.helpers import DisableQuantization, calibration_forward
 from safetensors.torch import load_file, save_file
 
 from dsv4q.calibration.data import CalibrationData
-from dsv4q.calibration.measure import Errors, Stopwatch, tensor_bytes
+from dsv4q.calibration.measure import Stopwatch, tensor_bytes
 from dsv4q.calibration.model import (
     BlockInputs,
     DeepseekV4ForCausalLMWithMTP,
@@ -43,6 +43,7 @@ from dsv4q.checkpoint.plan import Plan, PlannedTensor
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import ShardWriter
 from dsv4q.errors import CalibrationError, ResumeError, WeightError
+from dsv4q.errorstats import Errors
 
 PIPELINE = "dsv4q_stream"
 
@@ -223,6 +224,7 @@ class BlockStream:
                 release(member.module)
         return {
             "errors": {role: found.as_dict() for role, found in errors.items()},
+            "tensors": {name: e.as_dict() for found in errors.values() for name, e in found.each.items()},
             "scales": {name: {"min": min(values), "max": max(values)} for name, values in scales.items()},
         }
 
