@@ -763,45 +763,6 @@ def test_dspark_draft_is_named(tmp_path: Path) -> None:
         only(errors, "DSpark draft, not MTP", "mtp.0.markov_head.markov_w1.weight")
 
 
-def native(tensors: Tensors) -> Tensors:
-    """The same checkpoint as DeepSeek publishes it: MXFP4 experts, FP8 linears, E8M0 scales."""
-    made: Tensors = {}
-    for name, (dtype, shape) in tensors.items():
-        expert, linear = ".ffn.experts." in name, ".attn.w" in name or ".shared_experts." in name
-        if expert:
-            made[name] = ("I8", (shape[0], shape[1] // 2))
-            made[name.replace(".weight", ".scale")] = ("F8_E8M0", (shape[0], -(-shape[1] // 32)))
-        elif linear:
-            made[name] = ("F8_E4M3", shape)
-            made[name.replace(".weight", ".scale")] = ("F8_E8M0", (1, 1))
-        else:
-            made[name] = (dtype, shape)
-    return made
-
-
-def test_native_release_is_named_once(tmp_path: Path) -> None:
-    tensors = native(layout_of())
-    scales = sum(name.endswith(".scale") for name in tensors)
-    errors = compare(tmp_path, tensors)
-    only(errors, "native FP8+MXFP4 release, not a BF16", f"{scales} .scale tensors", "weights in I8", "later version")
-
-
-def test_eight_bit_weights_without_scales_are_not_bf16_either(tmp_path: Path) -> None:
-    tensors: Tensors = {**layout_of(), "layers.1.attn.wq_b.weight": ("F8_E4M3", (32, 16))}
-    only(
-        compare(tmp_path, tensors),
-        "it is not a BF16 checkpoint",
-        "has 8-bit weights",
-        "weights in F8_E4M3: 1 (layers.1.attn.wq_b.weight)",
-    )
-
-
-def test_native_release_does_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
-    errors = compare(tmp_path, without(native(layout_of()), "layers.1.ffn.gate.bias"))
-    assert len(errors) == 2
-    assert "layers.1.ffn.gate.bias" in errors[1].what
-
-
 def test_quantized_artifact_as_source_is_named(tmp_path: Path) -> None:
     tensors = without(layout_of(), "layers.0.ffn.experts.")
     for e in range(6):

@@ -22,6 +22,7 @@ from dsv4q.calibration.data import DataSpec, load_calibration, load_tokenizer
 from dsv4q.checkpoint.layout import TensorSpec, load_config, source_tensors
 from dsv4q.errors import ConfigError, OutputError
 from dsv4q.toy import (
+    RANDOM,
     SPECIAL_TOKENS,
     ToyConfig,
     ToySummary,
@@ -146,7 +147,8 @@ def test_weights_are_finite_and_not_constant(toy: ToySummary) -> None:
 
 def test_given_values_replace_the_random_ones(tmp_path: Path) -> None:
     dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-    out = write_toy(tmp_path / "a", TINY, values=lambda s, d, seed: torch.ones(s.shape, dtype=dtypes[s.dtype])).out
+    ones = dataclasses.replace(RANDOM, values=lambda s, d, seed: (torch.ones(s.shape, dtype=dtypes[s.dtype]),))
+    out = write_toy(tmp_path / "a", TINY, form=ones).out
     assert all(bool((t == 1).all()) for t in tensors(out).values())
 
 

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from dsv4q import __version__
 from dsv4q.console import Console, Mode, human_bytes, human_seconds
-from dsv4q.errors import DiskError, Dsv4qError, Interrupted
+from dsv4q.errors import DiskError, Dsv4qError, Interrupted, UsageError
 
 
 class _Commands(TyperGroup):
@@ -78,18 +78,29 @@ def toy(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write the checkpoint into.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML with other dimensions.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other weights of the same shapes.")] = 0,
+    grid: Annotated[bool, typer.Option("--grid", help="BF16 weights that came from MXFP4 and FP8.")] = False,
+    native: Annotated[
+        bool, typer.Option("--native", help="The --grid weights as DeepSeek publishes them: FP8 and MXFP4.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a small checkpoint to try things on.
 
     A complete DeepSeek-V4 in everything but size: every kind of layer, an MTP layer, several shards, a tokenizer
-    and chat samples. The weights are random.
+    and chat samples. The weights are random; with --grid or --native the quantized linears hold values that MXFP4
+    and FP8 can store, and of one seed each is the other's dequantization.
     """
-    from dsv4q.toy import ToyConfig, load_toy_config, write_toy
+    from dsv4q.toy import RANDOM, ToyConfig, load_toy_config, write_toy
+    from dsv4q.toy_native import grid_form, native_form
 
     console = _console(as_json, quiet)
-    summary = write_toy(out, load_toy_config(config) if config else ToyConfig(), seed)
+    if grid and native:
+        raise UsageError(
+            "--grid and --native exclude each other", where="dsv4q toy", hint="run it twice, into two OUTs"
+        )
+    form = native_form() if native else grid_form() if grid else RANDOM
+    summary = write_toy(out, load_toy_config(config) if config else ToyConfig(), seed, form)
     console.data(asdict(summary))
     console.print(
         f"{out}: {summary.tensors} tensors, {summary.mtp_tensors} of them mtp.*, in {len(summary.shards)} shards, "
@@ -133,7 +144,9 @@ def plan(
 
 @app.command()
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder: BF16, or DeepSeek's own FP8 and MXFP4.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder: BF16, or DeepSeek's own FP8 and MXFP4.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the artifact: new, empty or unfinished.")],
     config: ConfigFile,
     data: Annotated[

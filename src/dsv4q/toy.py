@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,6 @@ from dsv4q.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     import torch
-
-    Values = Callable[[TensorSpec, Dims, int], torch.Tensor]
-    """(what tensor, dimensions, seed) -> its values in the spec's dtype and shape."""
 
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, THINK_END)
 """Ids 0 to 6 of the toy tokenizer. The first three are special, the rest plain added tokens, as in the release."""
@@ -129,12 +126,12 @@ class ToyConfig:
         yield "qk_rope_head_dim", self.qk_rope_head_dim <= narrow, "at most head_dim and index_head_dim"
         yield "shards", self.shards <= MAX_SHARDS, f"at most {MAX_SHARDS}"
 
-    def as_config_json(self) -> dict[str, Any]:
-        """The config.json of the toy: every key of the release's but the two that say how it is quantized."""
+    def as_config_json(self, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The config.json of the toy: every key of the release's but the two that say how it is quantized; `more`."""
         dims = dataclasses.asdict(self)
         del dims["shards"]
         dims["compress_ratios"] = [*self.compress_ratios, *[SLIDING] * self.num_nextn_predict_layers]
-        return dict(sorted({**_FIXED, **dims, "num_hidden_layers": len(self.compress_ratios)}.items()))
+        return dict(sorted({**_FIXED, **dims, "num_hidden_layers": len(self.compress_ratios), **(more or {})}.items()))
 
     @property
     def dims(self) -> Dims:
@@ -175,6 +172,18 @@ _FIXED: dict[str, Any] = {
     "use_cache": True,
 }
 """Keys of the release's config.json that are no dimension, with the release's values."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What lies in a toy's files; the model is the same in every form."""
+
+    config: Mapping[str, Any]
+    """More keys of config.json."""
+    stored: Callable[[TensorSpec], tuple[TensorSpec, ...]]
+    """Tensor of the model -> the tensors in the files: names, dtypes, shapes."""
+    values: Callable[[TensorSpec, Dims, int], tuple[torch.Tensor, ...]]
+    """(tensor of the model, dimensions, seed) -> values of each of them, in the same order."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +265,13 @@ def _moments(spec: TensorSpec) -> tuple[float, float]:
     return 0.0, 1 / math.sqrt(spec.shape[-1])
 
 
-def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, values: Values = random_values) -> ToySummary:
+RANDOM = Form(
+    config={}, stored=lambda spec: (spec,), values=lambda spec, dims, seed: (random_values(spec, dims, seed),)
+)
+"""A BF16 checkpoint of random weights, which lie on no grid. `toy_native.py` has other forms."""
+
+
+def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, form: Form = RANDOM) -> ToySummary:
     """Write a complete toy checkpoint into `out`; memory holds one shard.
 
     The index comes last, so a folder with an index is whole. The same arguments give the same bytes. Only
@@ -267,8 +282,15 @@ def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, values: Va
         ConfigError: more shards than tensors.
     """
     toy = ToyConfig() if toy is None else toy
-    specs = source_tensors(toy.dims)
-    shards = _shards(specs, toy.shards)
+    dims = toy.dims
+    parts = {part: (spec, i) for spec in source_tensors(dims) for i, part in enumerate(form.stored(spec))}
+    origins = {part.name: origin for part, origin in parts.items()}
+    shards = _shards(list(parts), toy.shards)
+
+    def make(name: str) -> torch.Tensor:
+        spec, index = origins[name]
+        return form.values(spec, dims, seed)[index].contiguous()
+
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(
@@ -279,22 +301,22 @@ def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, values: Va
             )
         out.mkdir(parents=True, exist_ok=True)
         conversations = chat_samples()
-        texts = _small_files(toy, conversations)
+        texts = _small_files(toy, form, conversations)
         for name, text in texts.items():
             _write_text(out / name, text)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         for name, members in zip(names, shards, strict=True):
-            _write_shard(out / name, members, toy.dims, seed, values)
-        nbytes = sum(spec.nbytes for spec in specs)
-        weight_map = {spec.name: name for name, members in zip(names, shards, strict=True) for spec in members}
+            _write_shard(out / name, members, make)
+        nbytes = sum(part.nbytes for part in parts)
+        weight_map = {part.name: name for name, members in zip(names, shards, strict=True) for part in members}
         index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
         _write_text(out / "model.safetensors.index.json", _pretty(index))
     except OSError as error:
         raise OutputError("The toy cannot be written", where=error.filename or out, found=error.strerror) from error
     return ToySummary(
         out=out,
-        tensors=len(specs),
-        mtp_tensors=sum(spec.is_mtp for spec in specs),
+        tensors=len(parts),
+        mtp_tensors=sum(part.is_mtp for part in parts),
         nbytes=nbytes,
         shards=tuple(out / name for name in names),
         files=tuple(out / name for name in (*texts, "model.safetensors.index.json")),
@@ -319,10 +341,10 @@ def _shards(specs: Sequence[TensorSpec], count: int) -> list[list[TensorSpec]]:
     return shards
 
 
-def _write_shard(path: Path, specs: Sequence[TensorSpec], dims: Dims, seed: int, values: Values) -> None:
+def _write_shard(path: Path, specs: Sequence[TensorSpec], make: Callable[[str], torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
-    tensors = {spec.name: values(spec, dims, seed) for spec in specs}
+    tensors = {spec.name: make(spec.name) for spec in specs}
     for spec in specs:
         assert tuple(tensors[spec.name].shape) == spec.shape, spec.name
     save_file(tensors, path, metadata={"format": "pt"})
@@ -339,11 +361,11 @@ def _pretty(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _small_files(toy: ToyConfig, conversations: Sequence[list[dict[str, str]]]) -> dict[str, str]:
+def _small_files(toy: ToyConfig, form: Form, conversations: Sequence[list[dict[str, str]]]) -> dict[str, str]:
     """Name -> text of all files but the shards and the index."""
     generation = {"_from_model_config": True, "bos_token_id": 0, "do_sample": True, "eos_token_id": 1}
     return {
-        "config.json": _pretty(toy.as_config_json()),
+        "config.json": _pretty(toy.as_config_json(form.config)),
         "generation_config.json": _pretty({**generation, "temperature": 1.0, "top_p": 1.0}),
         "tokenizer.json": train_tokenizer(conversations, toy.vocab_size),
         "tokenizer_config.json": _pretty(_TOKENIZER_CONFIG),

@@ -1,4 +1,4 @@
-"""Toys on the grid: the values of DeepSeek's MXFP4 and FP8, dequantized (`GRID`) or stored as published (`NATIVE`).
+"""Toys on the grid: values of DeepSeek's MXFP4 and FP8, dequantized (`grid_form`) or as published (`native_form`).
 
 Both are made of the same codes and scales, a function of seed and name alone, so that each is the other's
 dequantization. The codes come from the plain toy's random weights; blocks of zeros, -0, subnormals, scales larger than
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.layout import Dims, Role, TensorSpec
@@ -83,7 +84,7 @@ def _mxfp4(weights: np.ndarray[Any, Any], rng: np.random.Generator) -> tuple[tor
     groups = np.pad(weights, ((0, 0), (0, -columns % 32))).reshape(rows, -1, 32)
     exponent, moved, zero = _exponents(np.abs(groups).max(-1), 6.0, rng, spread=10)
     scaled = np.where(zero[..., None], 0.0, np.abs(np.ldexp(groups, -exponent[..., None])))
-    middles = np.array([(a + b) / 2 for a, b in zip(_E2M1, _E2M1[1:], strict=False)], dtype=np.float32)
+    middles = np.array([(a + b) / 2 for a, b in pairwise(_E2M1)], dtype=np.float32)
     codes = np.searchsorted(middles, scaled).astype(np.uint8) | np.signbit(groups).astype(np.uint8) << 3
     codes = codes.reshape(rows, -1)[:, : columns + columns % 2]
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
@@ -127,28 +128,42 @@ def _exponents(
     return least + slack, stored, zero
 
 
-def grid_values(spec: TensorSpec, dims: Dims, seed: int, expert_dtype: str = "fp4") -> torch.Tensor:
-    """Values of a tensor of the grid toy: on the release's grid where the release is quantized."""
+def _stored(spec: TensorSpec, dims: Dims, seed: int, expert_dtype: str) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    form = release_form(spec, expert_dtype)
+    if form is None:
+        return (random_values(spec, dims, seed),)
+    codes, scales = codes_and_scales(spec, form, dims, seed)
+    weight = codes.view(torch.int8) if form == MXFP4 else codes
+    # E8M0 is F32's exponent field
+    base = scales.to(torch.int32).bitwise_left_shift_(23).view(torch.float32)
+    return weight, scales.view(torch.float8_e8m0fnu) if expert_dtype == "fp4" else base
+
+
+def _dequantized(spec: TensorSpec, dims: Dims, seed: int, expert_dtype: str) -> tuple[torch.Tensor, ...]:
     from dsv4q.checkpoint.decode import fp8_to_bf16, mxfp4_to_bf16
 
     form = release_form(spec, expert_dtype)
     if form is None:
-        return random_values(spec, dims, seed)
-    return (mxfp4_to_bf16 if form == MXFP4 else fp8_to_bf16)(*codes_and_scales(spec, form, dims, seed), spec.name)
+        return (random_values(spec, dims, seed),)
+    decode = mxfp4_to_bf16 if form == MXFP4 else fp8_to_bf16
+    return (decode(*codes_and_scales(spec, form, dims, seed), spec.name),)
 
 
-def native_values(spec: TensorSpec, dims: Dims, seed: int, expert_dtype: str = "fp4") -> torch.Tensor:
-    """Values of one tensor out of `stored_specs`."""
-    import torch
+def grid_form(expert_dtype: str = "fp4") -> Form:
+    """A BF16 checkpoint of values on the release's grid. `expert_dtype`: see `release_form`."""
+    return Form(
+        config={"expert_dtype": expert_dtype},
+        stored=lambda spec: (spec,),
+        values=lambda spec, dims, seed: _dequantized(spec, dims, seed, expert_dtype),
+    )
 
-    name = spec.name.removesuffix("scale") + "weight" if spec.name.endswith(".scale") else spec.name
-    logical = next(s for s in _layout(dims) if s.name == name)
-    form = release_form(logical, expert_dtype)
-    if form is None:
-        return random_values(spec, dims, seed)
-    codes, scales = codes_and_scales(logical, form, dims, seed)
-    if not spec.name.endswith(".scale"):
-        return codes.view(torch.int8) if form == MXFP4 else codes
-    if spec.dtype == "F32":
-        return torch.exp2(scales.to(torch.float32) - _BIAS)
-    return scales.view(torch.float8_e8m0fnu)
+
+def native_form(expert_dtype: str = "fp4") -> Form:
+    """The same checkpoint as DeepSeek publishes it: codes and scales, and a config.json that says so."""
+    return Form(
+        config={"expert_dtype": expert_dtype, "quantization_config": _QUANTIZATION},
+        stored=lambda spec: stored_specs(spec, expert_dtype),
+        values=lambda spec, dims, seed: _stored(spec, dims, seed, expert_dtype),
+    )

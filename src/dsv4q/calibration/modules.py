@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, nvfp4_decode, nvfp4_encode
+from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, fp8_block_encode, nvfp4_decode, nvfp4_encode
 from dsv4q.calibration.measure import add_errors, decoded
-from dsv4q.calibration.observers import ExactNvfp4Observer, settle_nvfp4
+from dsv4q.calibration.observers import ExactFp8BlockObserver, ExactNvfp4Observer, settle_nvfp4
 from dsv4q.calibration.upstream import encode_module, scheme_of
 from dsv4q.checkpoint.layout import TensorSpec
 from dsv4q.checkpoint.plan import PlannedTensor
@@ -56,6 +56,14 @@ class Member:
     def is_exact(self) -> bool:
         return isinstance(getattr(self.module, "weight_observer", None), ExactNvfp4Observer)
 
+    def encode(self) -> State:
+        """Stored tensors by suffix, made by compressed-tensors."""
+        state = encode_module(self.module)
+        if isinstance(getattr(self.module, "weight_observer", None), ExactFp8BlockObserver):
+            # compressed-tensors adds a zero point of 0, which turns -0 into +0.
+            state["weight"] = fp8_block_encode(_parameter(self, "weight"), state["weight_scale"])
+        return state
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -70,7 +78,7 @@ class Batch:
     def encode(self) -> list[State]:
         """Stored tensors of each member, by suffix."""
         if not self.members[0].is_nvfp4:
-            return [encode_module(member.module) for member in self.members]
+            return [member.encode() for member in self.members]
         packed = nvfp4_encode(
             self._stack("weight"),
             self._stack("weight_scale"),

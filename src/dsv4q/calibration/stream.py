@@ -37,6 +37,7 @@ from dsv4q.calibration.model import (
     set_tensor,
 )
 from dsv4q.calibration.modules import GLOBAL_SCALES, BlockModules, check_scales
+from dsv4q.calibration.prefetch import Reader
 from dsv4q.checkpoint.journal import Journal, fsync_folder
 from dsv4q.checkpoint.layout import TensorSpec
 from dsv4q.checkpoint.plan import Plan, PlannedTensor
@@ -46,6 +47,9 @@ from dsv4q.errors import CalibrationError, ResumeError, WeightError
 from dsv4q.errorstats import Errors
 
 PIPELINE = "dsv4q_stream"
+
+READ_THREADS = 8
+"""A GPU needs its bytes faster than one thread copies them out of the page cache (2.2 s a block; 0.41 s with 8)."""
 
 
 @CalibrationPipeline.register(PIPELINE)
@@ -87,39 +91,51 @@ class BlockStream:
             ResumeError: the saved residual streams are gone.
         """
         self.writer.finish_blocks(self.journal.done)
-        for block in self.plan.blocks:
-            tensors = self.plan.block_tensors(block)
-            if block in self.journal.done:
-                continue
-            if not tensors and not self._is_forward(block):
-                continue
-            self._restore_streams(block)
-            watch = Stopwatch(device=self.device)
-            record = self._run_block(block, tensors, watch)
-            with watch.stage("write"):
-                record["digest"] = self.writer.sync()
-                self._save_streams(block)
-            record["seconds"] = {name: round(value, 4) for name, value in watch.seconds.items()}
-            self.journal.finish_block(block, record)
-            self._drop_streams_before(block)
-            self.writer.finish_blocks([block])
+        blocks = [b for b in self.plan.blocks if b not in self.journal.done and self.plan.block_tensors(b)]
+        gpu = self.device.type == "cuda"
+        with Reader(
+            self.source,
+            [spec for block in blocks for spec in self._specs(block)],
+            budget=self.plan.estimate.read_ahead,
+            threads=READ_THREADS if gpu else 1,
+            pin=gpu,
+        ) as reader:
+            for block in blocks:
+                self._do(block, reader)
+
+    def _do(self, block: str, reader: Reader) -> None:
+        """One block from its bytes in the source to its line in the journal."""
+        self._restore_streams(block)
+        watch = Stopwatch(device=self.device)
+        record = self._run_block(block, reader, watch)
+        with watch.stage("write"):
+            record["digest"] = self.writer.sync()
+            self._save_streams(block)
+        record["seconds"] = {name: round(value, 4) for name, value in watch.seconds.items()}
+        self.journal.finish_block(block, record)
+        self._drop_streams_before(block)
+        self.writer.finish_blocks([block])
 
     # ------------------------------------------------------------------------------------------------ one block
 
-    def _run_block(self, block: str, tensors: tuple[PlannedTensor, ...], watch: Stopwatch) -> dict[str, Any]:
-        specs = [s for s in self.plan.source_specs if s.block == block]
+    def _specs(self, block: str) -> list[TensorSpec]:
+        return [s for s in self.plan.source_specs if s.block == block]
+
+    def _run_block(self, block: str, reader: Reader, watch: Stopwatch) -> dict[str, Any]:
+        tensors = self.plan.block_tensors(block)
+        specs = self._specs(block)
         encoded = {t.spec.name for t in tensors if t.encoded}
         kept = {t.spec.name for t in tensors if not t.encoded}
         forward = self._is_forward(block)
         for spec in specs:
             with watch.stage("read"):
-                tensor = self.source.tensor(spec.name)
+                tensor = reader.take(spec)
             if spec.name in kept:
                 with watch.stage("write"):
                     self.writer.put(spec.name, tensor_bytes(tensor))
             if forward or spec.name in encoded:
                 with watch.stage("copy"):
-                    tensor = tensor.to(self.device)
+                    tensor = tensor.to(self.device, non_blocking=True)
                     set_tensor(self.model, spec.hf_name, tensor)
             with watch.stage("check"):
                 self._check_finite(spec, tensor)
@@ -132,12 +148,10 @@ class BlockStream:
                 self.streams = [embed(self.model, ids.to(self.device)).cpu() for ids in self._batches()]
             release(self.model.model.embed_tokens)
         if block.startswith("layers."):
-            return self._decoder_block(int(block.removeprefix("layers.")), specs, tensors, watch)
+            return self._decoder_block(int(block.removeprefix("layers.")), tensors, watch)
         return {}
 
-    def _decoder_block(
-        self, index: int, specs: list[TensorSpec], tensors: tuple[PlannedTensor, ...], watch: Stopwatch
-    ) -> dict[str, Any]:
+    def _decoder_block(self, index: int, tensors: tuple[PlannedTensor, ...], watch: Stopwatch) -> dict[str, Any]:
         layer = self.model.model.layers[index]
         modules = BlockModules(self.model, tensors)
         modules.prepare(self.device)

@@ -36,16 +36,16 @@ def draft_kind(names: Iterable[str]) -> str:
 
 
 def compare_with_layout(checkpoint: Checkpoint, dims: Dims) -> list[SourceError]:
-    """Exact comparison of names, dtypes and shapes with `layout.source_tensors(dims)`.
+    """Exact comparison of names, dtypes and shapes with `layout.source_tensors(dims)`; native ones as `as_source` sees them.
 
     One error for each kind of difference and block, with the exact count and the first names; a difference that has
-    one known cause (another vocabulary, a quantized release, a draft that config.json does not describe) is one error.
+    one known cause (another vocabulary, a quantized artifact, a draft that config.json does not describe) is one error.
     Tensors that `checkpoint.problems` already accounts for are not called missing. No weights: nothing to compare.
     """
     if not checkpoint.has_weights:
         return []
     diff = _Difference.of(checkpoint, dims)
-    errors = [*_transformers_names(diff), *_already_quantized(diff), *_draft(diff, dims)]
+    errors = [*_transformers_names(diff), *_artifact(diff), *_draft(diff, dims)]
     errors += [*_missing_blocks(diff), *_missing_experts(diff, dims)]
     foreign = "see whether config.json belongs to these files"
     for names, kind, hint in (
@@ -118,27 +118,23 @@ def _transformers_names(diff: _Difference) -> list[SourceError]:
     ]
 
 
-def _already_quantized(diff: _Difference) -> list[SourceError]:
+def _artifact(diff: _Difference) -> list[SourceError]:
     tensors, specs = diff.checkpoint.tensors, diff.specs
     ours = [name for name in diff.extra if name.endswith(_OURS)]
-    scales = [n for n in diff.extra if n.endswith(".scale") and f"{n.removesuffix('.scale')}.weight" in specs]
-    low = [n for n in diff.dtype if tensors[n].dtype in _EIGHT_BITS and specs[n].dtype == "BF16"]
-    names = [*ours, *scales, *low]
-    if not names:
+    if not ours:
         return []
-    diff.explain([*names, *(f"{name.removesuffix('.weight_packed')}.weight" for name in ours)])
-    counts = {"compressed-tensors tensors": len(ours), ".scale tensors": len(scales)}
-    found = [f"{count:,} {kind}" for kind, count in counts.items() if count]
+    low = [n for n in diff.dtype if tensors[n].dtype in _EIGHT_BITS and specs[n].dtype == "BF16"]
+    diff.explain([*ours, *low, *(f"{name.removesuffix('.weight_packed')}.weight" for name in ours)])
+    found = [f"{len(ours):,} compressed-tensors tensors"]
     found += [f"weights in {dtype}: {count:,}" for dtype, count in Counter(tensors[n].dtype for n in low).items()]
-    hint = "dequantize it to BF16 first; reading the native release comes in a later version"
-    if ours:
-        what = "This source is a quantized artifact in compressed-tensors format, not a BF16 checkpoint"
-        hint = "give the BF16 checkpoint that it was made from"
-    elif scales:
-        what = "This source is the native FP8+MXFP4 release, not a BF16 checkpoint"
-    else:
-        what = "This source has 8-bit weights, as the native FP8+MXFP4 release does: it is not a BF16 checkpoint"
-    return [diff.error(what, "BF16 weights without scales", f"{', '.join(found)} ({few(names)})", hint)]
+    return [
+        diff.error(
+            "This source is a quantized artifact in compressed-tensors format, not a BF16 checkpoint",
+            "BF16 weights, or DeepSeek's own FP8 and MXFP4",
+            f"{', '.join(found)} ({few(ours)})",
+            "give the checkpoint that it was made from",
+        )
+    ]
 
 
 def _draft(diff: _Difference, dims: Dims) -> list[SourceError]:

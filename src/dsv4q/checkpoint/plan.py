@@ -28,6 +28,9 @@ from dsv4q.errors import ConfigError, Dsv4qError, SourceError
 RUNTIME_BYTES = 1_500_000_000
 """Python, torch, llmcompressor and the meta-device model; measured, see docs/log.md."""
 
+READ_AHEAD = 4_000_000_000
+"""Bytes read before they are needed, at most; a block at most where blocks are smaller."""
+
 QUANTIZATION_VERSION = "0.17.0"
 """compressed-tensors version stated in config.json: the oldest one whose fields we write."""
 
@@ -114,6 +117,8 @@ class Estimate:
     """Bytes that the run needs at most."""
 
     host: int
+    read_ahead: int
+    """Part of `host`: what the reader may hold before it is needed."""
     gpu: int
     disk: int
     calibration_tokens: int
@@ -394,8 +399,9 @@ def _estimate(specs: list[TensorSpec], shards: tuple[PlannedShard, ...], config:
         batch = 3 * 4 * (rows * wide + 2 * scores)
     gpu = block + batch + largest
     disk = sum(s.nbytes for s in shards) + 2 * streams
-    return Estimate(host=RUNTIME_BYTES + block + 2 * streams + batch + largest, gpu=gpu, disk=disk,
-                    calibration_tokens=tokens)  # fmt: skip
+    ahead = min(READ_AHEAD, max(read[b] for b in main))
+    host = RUNTIME_BYTES + block + 2 * streams + batch + largest + ahead
+    return Estimate(host=host, read_ahead=ahead, gpu=gpu, disk=disk, calibration_tokens=tokens)
 
 
 def with_problem(plan: Plan, problem: Dsv4qError | None) -> Plan:

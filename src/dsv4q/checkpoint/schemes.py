@@ -146,6 +146,8 @@ class Scheme(BaseModel):
             raise ValueError("weights cannot be dynamic: an artifact stores their scales")
         if self.input_activations is not None:
             self._check_inputs(self.input_activations)
+        elif self.weights.strategy == "block" and self.weights.type == "float":
+            raise ValueError("FP8 block weights need input_activations: vLLM cannot load them without")
         form = (self.weights.type, self.weights.num_bits, self.weights.strategy, self.weights.group_size)
         if self.weights.observer == "exact_nvfp4" and form != ("float", 4, "tensor_group", 16):
             raise ValueError(

@@ -141,11 +141,7 @@ class _Judge:
     def _untouched(self, name: str, header: Header) -> None:
         twin = self._twin(name, header)
         pieces = _pieces(self.survey.root / header.file, header.start, header.nbytes, name)
-        others = (
-            iter(())
-            if twin is None or self.source is None
-            else _source_pieces(self.source, twin)
-        )
+        others = iter(()) if twin is None or self.source is None else _source_pieces(self.source, twin)
         different, first, done = 0, 0, 0
         findings = _NonFinite(header.dtype, self.survey.dims.experts if name.endswith(".tid2eid") else None)
         for piece in pieces:
@@ -260,7 +256,7 @@ class _Judge:
     ) -> None:
         self.log.looked_at("encoding")
         values = "weight" if scheme.format == FP8 else "weight_packed"
-        again, decoded = _encode(scheme, stored, weight), _decode(scheme, stored)
+        decoded = _decode(scheme, stored)
         full = weight.to(torch.float32)
         unit = _unit(stored)
         noise = float((full - decoded).square_().sum(dtype=torch.float64))
@@ -270,9 +266,13 @@ class _Judge:
             noise,
             power_of_two=powers_of_two(unit),
         )
-        if not torch.equal(again.view(torch.uint8), stored[values].view(torch.uint8)):
-            self._other_bytes(names[values], again.view(torch.uint8), stored[values].view(torch.uint8))
-            return
+        found = stored[values].view(torch.uint8)
+        again = _encode(scheme, stored, weight).view(torch.uint8)
+        if not torch.equal(again, found):
+            kept = _encode(scheme, stored, weight, keep_negative_zero=True).view(torch.uint8)
+            if not torch.equal(kept, found):
+                self._other_bytes(names[values], again, found)
+                return
         self.log.looked_at("error")
         grid = {NVFP4: E2M1, FP8: E4M3}.get(scheme.format) or integer_grid(scheme.bits)
         blocks = _blocks(scheme, full, decoded, unit)
@@ -310,11 +310,16 @@ class _Judge:
         self._differs("error", name, "scales that the source's largest magnitudes explain", found)
 
 
-def _encode(scheme: Scheme, stored: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+def _encode(
+    scheme: Scheme, stored: Mapping[str, Tensor], weight: Tensor, *, keep_negative_zero: bool = False
+) -> Tensor:
+    """The bytes that these scales give. Encoders may keep the sign of a -0 or store +0: throughout a tensor."""
     if scheme.format == NVFP4:
-        return nvfp4_encode(weight, stored["weight_scale"], stored["weight_global_scale"])
+        return nvfp4_encode(
+            weight, stored["weight_scale"], stored["weight_global_scale"], keep_negative_zero=keep_negative_zero
+        )
     if scheme.format == FP8:
-        return fp8_block_encode(weight, stored["weight_scale"])
+        return fp8_block_encode(weight if keep_negative_zero else weight + 0.0, stored["weight_scale"])
     return int_group_encode(weight, stored["weight_scale"], scheme.bits, scheme.columns or weight.shape[-1])
 
 
