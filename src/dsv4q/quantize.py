@@ -23,7 +23,7 @@ from dsv4q.checkpoint.native import open_source, scan_source
 from dsv4q.checkpoint.plan import Plan, free_bytes, make_plan, require_weights, with_problem
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.verify import verify_headers
-from dsv4q.checkpoint.writer import ShardWriter, check_finished_shards
+from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
 from dsv4q.config import Config
 from dsv4q.console import Console
 from dsv4q.errors import DataError, DeviceError, DiskError, Dsv4qError, OutputError, VerificationFailed
@@ -117,9 +117,10 @@ def _run_blocks(
     from dsv4q.calibration.stream import BlockStream
 
     writer = ShardWriter(job.out, plan)
+    writer.finish_blocks(journal.done)
     total = sum(s.nbytes for s in plan.source_specs if plan.block_tensors(s.block))
     try:
-        with console.progress("quantizing", total) as progress:
+        with BackgroundWriter(writer) as behind, console.progress("quantizing", total) as progress:
             progress.skip(sum(s.nbytes for s in plan.source_specs if s.block in journal.done))
 
             def advance(block: str, nbytes: int) -> None:
@@ -131,7 +132,7 @@ def _run_blocks(
             run_oneshot(
                 plan,
                 journal.folder,
-                lambda model: BlockStream(model, plan, source, writer, journal, data, device, advance),
+                lambda model: BlockStream(model, plan, source, behind, journal, data, device, advance),
             )
     finally:
         writer.close()

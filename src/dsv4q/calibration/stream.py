@@ -42,7 +42,7 @@ from dsv4q.checkpoint.journal import Journal, fsync_folder
 from dsv4q.checkpoint.layout import TensorSpec
 from dsv4q.checkpoint.plan import Plan, PlannedTensor
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.checkpoint.writer import ShardWriter
+from dsv4q.checkpoint.writer import BackgroundWriter
 from dsv4q.errors import CalibrationError, ResumeError, WeightError
 from dsv4q.errorstats import Errors
 
@@ -73,7 +73,7 @@ class BlockStream:
     model: DeepseekV4ForCausalLMWithMTP
     plan: Plan
     source: Checkpoint
-    writer: ShardWriter
+    writer: BackgroundWriter
     journal: Journal
     data: CalibrationData | None
     device: torch.device
@@ -90,7 +90,6 @@ class BlockStream:
             CalibrationError: non-finite residual streams, a scale that is not positive and finite.
             ResumeError: the saved residual streams are gone.
         """
-        self.writer.finish_blocks(self.journal.done)
         blocks = [b for b in self.plan.blocks if b not in self.journal.done and self.plan.block_tensors(b)]
         gpu = self.device.type == "cuda"
         with Reader(
@@ -108,13 +107,19 @@ class BlockStream:
         self._restore_streams(block)
         watch = Stopwatch(device=self.device)
         record = self._run_block(block, reader, watch)
-        with watch.stage("write"):
-            record["digest"] = self.writer.sync()
-            self._save_streams(block)
         record["seconds"] = {name: round(value, 4) for name, value in watch.seconds.items()}
-        self.journal.finish_block(block, record)
-        self._drop_streams_before(block)
-        self.writer.finish_blocks([block])
+        streams = list(self.streams) if self._is_forward(block) else None
+
+        def on_disk(digest: str, seconds: float) -> None:
+            """Runs in the writer's thread while the next block computes; the journal's line comes last."""
+            if streams is not None:
+                self._save_streams(block, streams)
+            record["digest"] = digest
+            record["seconds"]["sync"] = round(seconds, 4)
+            self.journal.finish_block(block, record)
+            self._drop_streams_before(block)
+
+        self.writer.finish(block, on_disk)
 
     # ------------------------------------------------------------------------------------------------ one block
 
@@ -268,13 +273,11 @@ class BlockStream:
     def _streams_file(self, block: str) -> Path:
         return self.journal.folder / f"streams.{block}"
 
-    def _save_streams(self, block: str) -> None:
+    def _save_streams(self, block: str, streams: list[torch.Tensor]) -> None:
         """Keep the input of the next block, so that a resume need not compute the blocks before it again."""
-        if not self._is_forward(block):
-            return
         path = self._streams_file(block)
         partial = path.with_name(path.name + ".partial")
-        save_file({str(i): t for i, t in enumerate(self.streams)}, partial)
+        save_file({str(i): t for i, t in enumerate(streams)}, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

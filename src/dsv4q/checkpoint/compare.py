@@ -36,7 +36,7 @@ def draft_kind(names: Iterable[str]) -> str:
 
 
 def compare_with_layout(checkpoint: Checkpoint, dims: Dims) -> list[SourceError]:
-    """Exact comparison of names, dtypes and shapes with `layout.source_tensors(dims)`; native ones as `as_source` sees them.
+    """Exact comparison of names, dtypes and shapes with `layout.source_tensors(dims)`; native ones as `as_source` does.
 
     One error for each kind of difference and block, with the exact count and the first names; a difference that has
     one known cause (another vocabulary, a quantized artifact, a draft that config.json does not describe) is one error.

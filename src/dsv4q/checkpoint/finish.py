@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dsv4q.checkpoint.journal import INDEX, REPORT, write_atomic
-from dsv4q.checkpoint.modelcard import model_card
+from dsv4q.checkpoint.journal import INDEX, REPORT, check_output, write_atomic
+from dsv4q.checkpoint.modelcard import LICENSE_FILE, model_card
 from dsv4q.checkpoint.plan import Plan, artifact_config_text, index_text
 from dsv4q.checkpoint.writer import write_sparse_shards
 from dsv4q.errors import OutputError
@@ -22,13 +21,12 @@ _CARRIED = (
     "chat_template.jinja",
 )  # fmt: skip
 _CARRIED_FOLDERS = ("encoding",)
-_LICENSE = re.compile(r"(LICEN[CS]E|COPYING|NOTICE)([._-].*)?", re.IGNORECASE)
 
 
 def carried_files(source: Path) -> list[Path]:
     """Files of the source, relative to it, that go into the artifact as they are: tokenizer, encoding, license."""
     found = [Path(name) for name in _CARRIED if (source / name).is_file()]
-    found += [Path(p.name) for p in sorted(source.iterdir()) if p.is_file() and _LICENSE.fullmatch(p.name)]
+    found += [Path(p.name) for p in sorted(source.iterdir()) if p.is_file() and LICENSE_FILE.fullmatch(p.name)]
     for folder in _CARRIED_FOLDERS:
         if (source / folder).is_dir():
             inside = sorted(p for p in (source / folder).rglob("*") if p.is_file())
@@ -61,8 +59,10 @@ def write_skeleton(out: Path, source: Path, plan: Plan) -> None:
     """The planned artifact as sparse files: true headers, index and config.json, holes for data.
 
     Raises:
-        OutputError: `out` exists and is not empty.
+        OutputError: `out` exists and is not empty, or lies inside the source.
     """
+    if source.is_dir():
+        check_output(out, source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(
             "The skeleton needs a new or empty folder", where=out, hint="choose another folder; this one is untouched"

@@ -39,15 +39,23 @@ def write_atomic(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        os.fchmod(handle, 0o644)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(handle, view) :]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    os.replace(partial, path)
+        try:
+            os.fchmod(handle, 0o644)
+            _write_durably(handle, data)
+        finally:
+            os.close(handle)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
+
+
+def _write_durably(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+    os.fsync(handle)
 
 
 def check_output(out: Path, source: Path) -> None:
@@ -86,8 +94,8 @@ class Journal:
     """The journal of one output folder, open and locked.
 
     Raises (from `open`):
-        OutputError: another run is at work in the same folder.
-        ResumeError: the journal there is of another source, config, data or version.
+        OutputError: another run is at work in the same folder, or has finished there since the caller looked.
+        ResumeError: the journal there is of another source, config, data or version, or damaged.
     """
 
     def __init__(self, folder: Path, lock: int) -> None:
@@ -103,6 +111,12 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         journal = cls(folder, _take_lock(folder))
         try:
+            if is_finished(out):
+                raise OutputError(
+                    "Another run has just finished the artifact in this folder",
+                    where=out,
+                    hint="nothing was touched; the same command says whether that artifact is the one wanted",
+                )
             journal._load(dict(identity), resume)
         except BaseException:
             journal.close()
@@ -121,8 +135,8 @@ class Journal:
         return self.folder / "journal.jsonl"
 
     def _load(self, identity: dict[str, Any], resume: bool) -> None:
-        lines = _whole_lines(self._file) if self._file.is_file() else []
-        if not lines or not resume:
+        lines = _whole_lines(self._file) if resume and self._file.is_file() else []
+        if not lines:
             self._start(identity)
             return
         difference = first_difference(lines[0], identity)
@@ -152,8 +166,7 @@ class Journal:
         entry = {"block": block, **record}
         handle = os.open(self._file, os.O_WRONLY | os.O_APPEND)
         try:
-            os.write(handle, _line(entry))
-            os.fsync(handle)
+            _write_durably(handle, _line(entry))
         finally:
             os.close(handle)
         self.done[block] = entry
@@ -188,6 +201,9 @@ def _take_lock(folder: Path) -> int:
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A run that ends between the two calls above takes its lock file away, and ours would guard nothing.
+        if os.fstat(lock).st_nlink == 0:
+            raise BlockingIOError
     except BlockingIOError:
         os.close(lock)
         raise OutputError(
@@ -203,11 +219,24 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines that were written whole; a crash can only tear the last one."""
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1]:
-        lines = lines[:-1]
-    return [json.loads(line) for line in lines if line]
+    """Lines that were written whole; a crash can only tear the last one.
+
+    Raises:
+        ResumeError: a line that no run of ours wrote.
+    """
+    *lines, _torn = path.read_bytes().split(b"\n")
+    try:
+        records = [json.loads(line) for line in lines]
+    except ValueError:
+        records = [None]
+    if not all(isinstance(r, dict) and ("block" in r or i == 0) for i, r in enumerate(records)):
+        raise ResumeError(
+            "The journal of the unfinished run is damaged",
+            where=path,
+            expected="one JSON object in each line, as dsv4q writes them",
+            hint="start over with --no-resume",
+        )
+    return records
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | None:

@@ -11,6 +11,9 @@ import yaml
 from dsv4q.checkpoint.plan import Plan
 from dsv4q.checkpoint.schemes import FLOAT, NVFP4, PACKED_INT, Scheme
 
+LICENSE_FILE = re.compile(r"(LICEN[CS]E|COPYING|NOTICE)([._-].*)?", re.IGNORECASE)
+"""Names of files that go with the weights wherever they go."""
+
 _FORMAT_TEXT = {
     NVFP4: "NVFP4 (E2M1 values, one FP8 E4M3 scale per 16, one F32 scale per tensor)",
     FLOAT: "FP8 E4M3",
@@ -151,7 +154,8 @@ def source_license(source: Path) -> tuple[str | None, str]:
             front = None  # somebody else's card; the license file below still counts
         if isinstance(front, dict) and isinstance(front.get("license"), str):
             identifier = front["license"]
-    files = [p.name for p in sorted(source.iterdir()) if p.is_file() and p.name.upper().startswith("LICEN")]
+    files = [p.name for p in sorted(source.iterdir()) if p.is_file() and LICENSE_FILE.fullmatch(p.name)]
+    files = [name for name in files if not name.upper().startswith("NOTICE")]
     if files:
         first = (source / files[0]).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if identifier is None and first and first[0].strip().lower() == "mit license":

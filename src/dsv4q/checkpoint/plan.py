@@ -31,6 +31,9 @@ RUNTIME_BYTES = 1_500_000_000
 READ_AHEAD = 4_000_000_000
 """Bytes read before they are needed, at most; a block at most where blocks are smaller."""
 
+WRITE_BEHIND = 1_000_000_000
+"""Bytes that may wait to be written; a single larger tensor may too."""
+
 QUANTIZATION_VERSION = "0.17.0"
 """compressed-tensors version stated in config.json: the oldest one whose fields we write."""
 
@@ -400,7 +403,8 @@ def _estimate(specs: list[TensorSpec], shards: tuple[PlannedShard, ...], config:
     gpu = block + batch + largest
     disk = sum(s.nbytes for s in shards) + 2 * streams
     ahead = min(READ_AHEAD, max(read[b] for b in main))
-    host = RUNTIME_BYTES + block + 2 * streams + batch + largest + ahead
+    behind = min(WRITE_BEHIND, max(written[b] for b in main))
+    host = RUNTIME_BYTES + block + 2 * streams + batch + largest + ahead + behind
     return Estimate(host=host, read_ahead=ahead, gpu=gpu, disk=disk, calibration_tokens=tokens)
 
 

@@ -1,10 +1,12 @@
-"""The independent judge of an artifact: `dsv4q verify-shards`.
+"""The independent judge of an artifact, or of a plain BF16 checkpoint: `dsv4q verify-shards`.
 
 It derives by itself what must be there: the tensors of a DeepSeek-V4 from config.json (`layout`), how each linear is
 stored from config.json's quantization_config (`verify_config`), and it reads index and headers with its own eyes
 (`verify_files`), so that every difference is counted once and exactly. It shares nothing with planner and writer. Exact
 sets, never thresholds: the consumer loads an artifact with a missing expert, a missing scale or a scale of the wrong
 dtype in silence.
+
+A checkpoint without quantization_config is plain: every tensor of the layout in the layout's dtype, no recipe.yaml.
 
 `verify_headers` reads no tensor and imports no torch. `verify` adds the values (`verify_values`).
 """
@@ -27,6 +29,8 @@ from dsv4q.errors import SourceError
 
 __all__ = ["Difference", "ErrorStats", "Survey", "VerifyResult", "verify", "verify_headers"]
 
+_COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+
 Progress = Callable[[str, int, int], None]
 """Called with a label, bytes done, bytes in all."""
 
@@ -39,6 +43,8 @@ class Survey:
     config: Mapping[str, Any]
     dims: Dims
     specs: Mapping[str, TensorSpec]
+    plain: bool
+    """Nothing is quantized, and nothing is meant to be."""
     schemes: Mapping[str, Scheme]
     copies: Mapping[str, str]
     """Head copies that are there -> the main tensor that each copies."""
@@ -58,16 +64,19 @@ def verify_headers(artifact: Path) -> VerifyResult:
 def verify(
     artifact: Path, *, source: Path | None, deep: bool, progress: Progress | None, device: str = "cpu"
 ) -> VerifyResult:
-    """Judge an artifact.
+    """Judge an artifact or a plain checkpoint.
 
     Args:
         artifact: its folder.
-        source: the checkpoint it was made of; compares untouched tensors byte by byte, re-encodes quantized ones.
+        source: the checkpoint it was made of, BF16 or native; compares untouched tensors byte by byte, re-encodes
+            quantized ones.
         deep: look at every value: scales finite and positive, pairs equal, no NaN.
         progress: called with a label, bytes done and bytes in all.
-        device: where quantized weights are encoded and compared.
+        device: where quantized weights are encoded and compared: auto, cpu, cuda or cuda:N.
 
     Raises:
+        DeviceError: no such device.
+        WeightError: a native source has values that are not numbers.
         SourceError: artifact or source has no config.json, or not one of a DeepSeek-V4; reading fails.
     """
     begin = time.monotonic()
@@ -80,6 +89,7 @@ def verify(
         errors = judge_values(survey, source, deep, progress, device, log)
     return VerifyResult(
         artifact=str(artifact),
+        kind="plain" if survey.plain else "quantized",
         tensors=len(headers.holders),
         shards=headers.shards,
         bytes=headers.nbytes,
@@ -98,14 +108,22 @@ def _survey(artifact: Path, log: Log) -> tuple[Survey, Headers]:
     dims = Dims.from_config(config, artifact / "config.json")
     specs = source_tensors(dims)
     headers = read_shards(artifact, log)
-    check_files(artifact, headers, log)
+    plain = _is_plain(config, headers)
+    check_files(artifact, headers, not plain, log)
     check_index(headers, log)
-    schemes = judge_config(config, dims, specs, log)
-    copies = _head_copies(dims, headers)
+    schemes = {} if plain else judge_config(config, dims, specs, log)
+    copies = {} if plain else _head_copies(dims, headers)
     expected = _expected(specs, schemes, copies)
     sound = _check_tensors(expected, specs, headers, log)
     _check_attention_scales(sound, schemes, log)
-    return Survey(artifact, config, dims, {spec.name: spec for spec in specs}, schemes, copies, sound), headers
+    by_name = {spec.name: spec for spec in specs}
+    return Survey(artifact, config, dims, by_name, plain, schemes, copies, sound), headers
+
+
+def _is_plain(config: Mapping[str, Any], headers: Headers) -> bool:
+    """No quantization_config, and no tensor that only an artifact has: one that lost its config must not pass."""
+    names = headers.holders.keys() | headers.index.keys()
+    return config.get("quantization_config") is None and not any(name.endswith(_COMPRESSED) for name in names)
 
 
 # ------------------------------------------------------------------------------------------------ tensors

@@ -64,9 +64,9 @@ class Headers:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def check_files(root: Path, headers: Headers, log: Log) -> None:
-    """The files that must be there, readable by others, and no remains of an unfinished run."""
-    required = ["config.json", INDEX, "recipe.yaml", *sorted(set(headers.index.values()))]
+def check_files(root: Path, headers: Headers, recipe: bool, log: Log) -> None:
+    """The files that must be there (`recipe`: recipe.yaml too), readable by others; no remains of an unfinished run."""
+    required = ["config.json", INDEX, *(["recipe.yaml"] if recipe else []), *sorted(set(headers.index.values()))]
     for name in required:
         log.looked_at("files")
         try:

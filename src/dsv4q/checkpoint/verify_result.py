@@ -28,42 +28,69 @@ class Difference:
         return f"[{self.check}] {place}: expected {self.expected}; found {self.found}"
 
 
+@dataclass(frozen=True)
+class TensorError:
+    """Weight error of one tensor against the source."""
+
+    signal: float
+    """Sum of the squares of the source's values."""
+    noise: float
+    """Sum of the squares of the errors."""
+    max_abs: float
+    exact: bool
+    """Every value decodes to the source's bit for bit, -0 included."""
+    power_of_two: bool
+    """Every scale is a power of two (the consumer keeps such FP8 scales as they are)."""
+
+    @property
+    def relative(self) -> float:
+        """Frobenius norms, |w - dq| / |w|."""
+        return math.sqrt(self.noise / self.signal) if self.signal else (math.inf if self.noise else 0.0)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to noise; infinite without noise."""
+        if not self.noise:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
 @dataclass
 class ErrorStats:
-    """Weight error of one class of tensors against the source. Relative error: Frobenius norms, |w - dq| / |w|."""
+    """Weight error of one class of tensors against the source."""
 
-    count: int = 0
+    tensors: int = 0
     exact: int = 0
-    """Tensors without any error."""
+    max_abs_error: float = 0.0
     power_of_two_scales: int = 0
-    """Tensors all of whose scales are powers of two (the consumer keeps such FP8 scales as they are)."""
+    """Tensors all of whose scales are powers of two."""
     max_relative_error: float = 0.0
     worst: str | None = None
     """The tensor that has it."""
     total_relative_error: float = 0.0
     min_sqnr_db: float = math.inf
 
-    def add(self, tensor: str, signal: float, noise: float, *, power_of_two: bool) -> None:
-        """Count one tensor: sum of squares of the source, sum of squares of the error."""
-        self.count += 1
-        self.power_of_two_scales += power_of_two
-        relative = math.sqrt(noise / signal) if signal else (math.inf if noise else 0.0)
-        self.exact += noise == 0
-        self.total_relative_error += relative
-        if self.worst is None or relative > self.max_relative_error:
-            self.max_relative_error, self.worst = relative, tensor
-        if noise:
-            self.min_sqnr_db = min(self.min_sqnr_db, 10 * math.log10(signal / noise) if signal else -math.inf)
+    def add(self, tensor: str, error: TensorError) -> None:
+        """Count one tensor."""
+        self.tensors += 1
+        self.exact += error.exact
+        self.max_abs_error = max(self.max_abs_error, error.max_abs)
+        self.power_of_two_scales += error.power_of_two
+        if self.worst is None or error.relative > self.max_relative_error:
+            self.max_relative_error, self.worst = error.relative, tensor
+        self.total_relative_error += error.relative
+        self.min_sqnr_db = min(self.min_sqnr_db, error.sqnr_db)
 
     @property
     def mean_relative_error(self) -> float:
-        return self.total_relative_error / self.count if self.count else 0.0
+        return self.total_relative_error / self.tensors if self.tensors else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; a signal-to-noise ratio without noise is null."""
         return {
-            "count": self.count,
+            "tensors": self.tensors,
             "exact": self.exact,
+            "max_abs_error": self.max_abs_error,
             "power_of_two_scales": self.power_of_two_scales,
             "max_relative_error": self.max_relative_error,
             "worst": self.worst,
@@ -77,6 +104,8 @@ class VerifyResult:
     """The judgement on one artifact."""
 
     artifact: str
+    kind: str
+    """`quantized`, or `plain`: a BF16 checkpoint without quantization_config."""
     tensors: int
     shards: int
     bytes: int
@@ -93,9 +122,20 @@ class VerifyResult:
     def ok(self) -> bool:
         return not self.differences
 
+    def exactness(self) -> dict[str, Any] | None:
+        """Tensors, exact ones and largest error of all classes together; None without a source."""
+        if not self.errors:
+            return None
+        return {
+            "tensors": sum(stats["tensors"] for stats in self.errors.values()),
+            "exact": sum(stats["exact"] for stats in self.errors.values()),
+            "max_abs_error": max(stats["max_abs_error"] for stats in self.errors.values()),
+        }
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "artifact": self.artifact,
+            "kind": self.kind,
             "ok": self.ok,
             "tensors": self.tensors,
             "shards": self.shards,
@@ -105,6 +145,7 @@ class VerifyResult:
             "difference_count": len(self.differences),
             "differences": [difference.as_dict() for difference in self.differences],
             "errors": self.errors,
+            "exactness": self.exactness(),
             "seconds": round(self.seconds, 3),
         }
 
