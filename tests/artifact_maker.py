@@ -193,6 +193,17 @@ def reencoded_nvfp4(weight: Tensor, stored: Tensors, module: str, scale: Tensor)
     return {f"{module}.{suffix}": tensor for suffix, tensor in made.items()}
 
 
+def keeping_negative_zeros(root: Path, source: Tensors) -> None:
+    """Give each NVFP4 expert of an artifact the -0 that compressed-tensors' encoder made +0."""
+    stored, changes = read(root), {}
+    for name, packed in stored.items():
+        if name.endswith(".weight_packed"):
+            weight = source[name.replace("_packed", "")]
+            sign = ((weight == 0) & weight.signbit()).to(torch.uint8) << 3
+            changes[name] = packed | sign[:, 0::2] | sign[:, 1::2] << 4
+    edit(root, changes)
+
+
 def fp8(weight: Tensor, pow2: bool = False, factor: float = 1.0) -> Tensors:
     rows, columns = (-(-n // 128) for n in weight.shape)
     filled = torch.nn.functional.pad(weight, (0, columns * 128 - weight.shape[1], 0, rows * 128 - weight.shape[0]))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +13,9 @@ from dsv4q.checkpoint.journal import Journal
 from dsv4q.config import load_config
 from dsv4q.errors import Dsv4qError, OutputError, ResumeError
 from dsv4q.quantize import Job
+from killing import changes_of
+from killing import killed as killed_run
 from runs import CONFIGS, finished_files, run, toy_job
-
-SYSCALLS = ("pwrite", "fsync", "replace", "write", "truncate", "unlink", "rmdir", "mkdir")
-"""Every way in which a run changes the disk, syncs included."""
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +27,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], int]:
     """Digests of an uninterrupted run's files, and how often it changed the disk."""
     job = replace(toy_job(source.parent, make=False), out=tmp_path_factory.mktemp("whole") / "out")
-    count = [0]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, call in list(killing(10**9, count)):
-            patch.setattr(os, name, call)
-        run(job)
-    return digests(job.out), count[0]
+    count = changes_of(lambda: run(job))
+    return digests(job.out), count
 
 
 @pytest.fixture(scope="module")
@@ -48,35 +40,8 @@ def digests(out: Path) -> dict[str, str]:
     return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in finished_files(out)}
 
 
-def killing(after: int, count: list[int]) -> Iterator[tuple[str, Callable[..., object]]]:
-    """The system calls, each of which kills the process with SIGKILL when `after` calls have been made."""
-    for name in SYSCALLS:
-        real = getattr(os, name)
-
-        def call(*args: object, _real: Callable[..., object] = real) -> object:
-            count[0] += 1
-            if count[0] > after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return _real(*args)
-
-        yield name, call
-
-
 def run_and_kill(job: Job, after: int) -> bool:
-    """Run in a forked child that SIGKILLs itself at its `after`-th change of the disk. True if it was killed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            for name, call in list(killing(after, [0])):
-                setattr(os, name, call)
-            run(job)
-            status = 0
-        finally:
-            os._exit(status)
-    _, result = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(result) or os.WEXITSTATUS(result) == 0
-    return os.WIFSIGNALED(result)
+    return killed_run(lambda: run(job), after)
 
 
 @pytest.mark.parametrize(

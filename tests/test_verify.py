@@ -15,7 +15,9 @@ from artifact_maker import CONFIG, INDEX, edit, edit_config, edit_json, read
 from dsv4q.calibration.encode import nvfp4_decode, nvfp4_encode
 from dsv4q.checkpoint.layout import Dims
 from dsv4q.checkpoint.verify import Difference, VerifyResult, verify, verify_headers
-from dsv4q.errors import SourceError
+from dsv4q.console import Console
+from dsv4q.errors import DeviceError, SourceError
+from dsv4q.show import show_verification
 
 EXPERT = "layers.1.ffn.experts.2"
 WQ_A = "layers.0.attn.wq_a"
@@ -77,12 +79,88 @@ def test_counts_are_those_of_the_files(made: dict[str, Path]) -> None:
     assert result.mtp_tensors == sum(name.startswith("mtp.") for name in tensors)
 
 
-def test_weights_on_the_grid_have_no_error(tensors: maker.Tensors, tmp_path: Path) -> None:
-    grid = maker.on_grid(tensors, Dims.from_config(CONFIG))
-    source = maker.write_source(tmp_path / "source", grid)
-    result = judged(maker.write_artifact(tmp_path / "out", grid, pow2=True), source, deep=True)
+@pytest.fixture(scope="session")
+def grid(tensors: maker.Tensors, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, maker.Tensors]:
+    """A source whose experts are on NVFP4's grid, -0 among them; an artifact that stores each -0 as +0; the weights."""
+    root = tmp_path_factory.mktemp("grid")
+    weights = maker.on_grid(tensors, Dims.from_config(CONFIG))
+    source = maker.write_source(root / "source", weights)
+    return source, maker.write_artifact(root / "stock", weights, pow2=True), weights
+
+
+def test_weights_on_the_grid_are_exact_where_negative_zeros_are_kept(
+    grid: tuple[Path, Path, maker.Tensors], tmp_path: Path
+) -> None:
+    artifact = maker.copy(grid[1], tmp_path / "a")
+    maker.keeping_negative_zeros(artifact, grid[2])
+    result = judged(artifact, grid[0], deep=True)
     assert result.ok
-    assert result.errors["routed expert"]["exact"] == result.errors["routed expert"]["count"] == 27
+    assert result.errors["routed expert"]["exact"] == result.errors["routed expert"]["tensors"] == 27
+    assert result.errors["routed expert"]["max_abs_error"] == 0
+
+
+def test_a_tensor_that_lost_its_negative_zeros_passes_but_is_not_exact(
+    grid: tuple[Path, Path, maker.Tensors],
+) -> None:
+    result = judged(grid[1], grid[0], deep=True)
+    with_them = sum(bool(((t == 0) & t.signbit()).any()) for n, t in grid[2].items() if _is_main_expert(n))
+    assert result.ok
+    assert result.errors["routed expert"]["exact"] == 27 - with_them < 27
+    assert result.errors["routed expert"]["max_abs_error"] == 0
+
+
+def _is_main_expert(name: str) -> bool:
+    return name.startswith("layers.") and ".ffn.experts." in name
+
+
+def test_a_mixture_of_kept_and_lost_negative_zeros_in_one_tensor_fails(
+    grid: tuple[Path, Path, maker.Tensors], tmp_path: Path
+) -> None:
+    artifact, name = maker.copy(grid[1], tmp_path / "a"), f"{EXPERT}.w1.weight_packed"
+    lost = read(artifact)[name]
+    maker.keeping_negative_zeros(artifact, grid[2])
+    kept = read(artifact)[name]
+    row, column = (kept != lost).nonzero()[0].tolist()
+    kept[row, column] = lost[row, column]
+    edit(artifact, {name: kept})
+    difference = only(judged(artifact, grid[0]))
+    assert (difference.check, difference.tensor) == ("encoding", name)
+    assert difference.found.startswith(f"1 of {kept.numel():,} bytes differ, the first at [{row}, {column}]")
+
+
+def test_exactness_in_all_is_the_sum_of_the_classes(grid: tuple[Path, Path, maker.Tensors]) -> None:
+    result = judged(grid[1], grid[0])
+    in_all = result.exactness()
+    assert in_all is not None and in_all["tensors"] == 42
+    for key, add in (("tensors", sum), ("exact", sum), ("max_abs_error", max)):
+        assert in_all[key] == add(errors[key] for errors in result.errors.values())
+
+
+def test_max_abs_error_is_that_of_the_weights(made: dict[str, Path], source: Path, tensors: maker.Tensors) -> None:
+    stored, most = read(made["nvfp4"]), 0.0
+    for name, weight in tensors.items():
+        module = name.removesuffix(".weight")
+        if _is_main_expert(name):
+            scales = (stored[f"{module}.weight_scale"], stored[f"{module}.weight_global_scale"])
+            decoded = nvfp4_decode(stored[f"{module}.weight_packed"], *scales)
+            most = max(most, float((weight.float() - decoded).abs().max()))
+    assert judged(made["nvfp4"], source).errors["routed expert"]["max_abs_error"] == most > 0
+
+
+def test_exact_tensors_are_told_to_people(
+    grid: tuple[Path, Path, maker.Tensors], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = maker.copy(grid[1], tmp_path / "a")
+    maker.keeping_negative_zeros(artifact, grid[2])
+    show_verification(judged(artifact, grid[0]), Console())
+    told = capsys.readouterr().out
+    assert "routed expert: 27 of 27 tensors exact, max abs error 0\n" in told
+    assert "attention projection: 0 of 15 tensors exact, max abs error 0.0" in told
+    assert "in all: 27 of 42 tensors exact, max abs error 0.0" in told
+
+
+def test_without_a_source_nothing_is_said_about_exactness(made: dict[str, Path]) -> None:
+    assert judged(made["nvfp4"], deep=True).exactness() is None
 
 
 def test_relative_error_is_that_of_the_weights(made: dict[str, Path], source: Path, tensors: maker.Tensors) -> None:
@@ -843,3 +921,85 @@ def test_a_damaged_source_is_told_without_a_traceback(made: dict[str, Path], sou
     broken = maker.copy(source, tmp_path / "source")
     (broken / "model-00001-of-00002.safetensors").write_bytes(b"\0" * 9)
     assert "source" in {d.check for d in judged(made["nvfp4"], broken).differences}
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:x"])
+def test_a_device_that_is_none_is_refused_by_name(made: dict[str, Path], device: str) -> None:
+    with pytest.raises(DeviceError) as caught:
+        verify(made["nvfp4"], source=None, deep=True, progress=None, device=device)
+    assert device in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ plain checkpoints
+
+
+@pytest.fixture
+def plain(source: Path, tmp_path: Path) -> Path:
+    return maker.copy(source, tmp_path / "plain")
+
+
+def test_a_plain_bf16_checkpoint_passes_without_a_recipe(plain: Path, source: Path) -> None:
+    result = judged(plain, source, deep=True)
+    assert result.ok, [difference.text() for difference in result.differences]
+    assert result.kind == "plain"
+    assert result.checks["bytes"] == result.checks["values"] == result.tensors
+    assert result.errors == {}
+
+
+def test_a_missing_tensor_of_a_plain_checkpoint_is_named(plain: Path) -> None:
+    edit(plain, {f"{EXPERT}.w1.weight": None})
+    difference = only(judged(plain))
+    assert (difference.check, difference.tensor) == ("tensors", f"{EXPERT}.w1.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("layers.1.ffn.gate.bias", torch.bfloat16), (f"{EXPERT}.w2.weight", torch.float32)]
+)
+def test_a_tensor_of_another_dtype_in_a_plain_checkpoint_is_named(plain: Path, name: str, dtype: torch.dtype) -> None:
+    edit(plain, {name: read(plain)[name].to(dtype)})
+    assert only(judged(plain)).tensor == name
+
+
+def test_a_head_copy_has_no_place_in_a_plain_checkpoint(plain: Path) -> None:
+    edit(plain, {"mtp.0.head.weight": read(plain)["head.weight"]})
+    assert only(judged(plain)).tensor == "mtp.0.head.weight"
+
+
+def test_a_nan_in_a_plain_checkpoint_is_named(plain: Path) -> None:
+    weight = read(plain)[f"{EXPERT}.w3.weight"]
+    weight[2, 3] = float("nan")
+    edit(plain, {f"{EXPERT}.w3.weight": weight})
+    assert judged(plain).ok
+    assert only(judged(plain, deep=True)).tensor == f"{EXPERT}.w3.weight"
+
+
+def test_other_bytes_in_a_plain_checkpoint_are_named(plain: Path, source: Path) -> None:
+    weight = read(plain)[f"{EXPERT}.w3.weight"]
+    edit(plain, {f"{EXPERT}.w3.weight": weight * 2})
+    difference = only(judged(plain, source))
+    assert (difference.check, difference.tensor) == ("bytes", f"{EXPERT}.w3.weight")
+
+
+def test_shards_of_a_plain_checkpoint_have_the_names_of_a_series(plain: Path) -> None:
+    old, new = "model-00002-of-00002.safetensors", "rest.safetensors"
+    (plain / old).rename(plain / new)
+    edit_json(plain, INDEX, lambda i: i.update(weight_map={n: f.replace(old, new) for n, f in i["weight_map"].items()}))
+    assert {d.file for d in judged(plain).differences} == {old, new}
+
+
+def test_an_artifact_that_lost_its_quantization_config_is_not_taken_for_a_plain_one(artifact: Path) -> None:
+    edit_json(artifact, "config.json", lambda config: config.pop("quantization_config"))
+    result = judged(artifact)
+    assert result.kind == "quantized"
+    assert result.differences[0].expected == "quantization_config: an object"
+
+
+def test_a_tensor_of_many_pieces_is_compared_piece_by_piece(
+    plain: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsv4q.checkpoint.verify_untouched.PIECE", 64)
+    weight = read(plain)["embed.weight"]
+    weight.view(-1).view(torch.uint8)[[130, 131, 1000]] ^= 1
+    edit(plain, {"embed.weight": weight})
+    found = only(judged(plain, source, deep=True)).found
+    assert found == f"3 of {weight.nbytes:,} bytes differ, the first at byte 130 of the tensor"

@@ -27,7 +27,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             kept = "what was finished is kept; the same command goes on from there"
-            hint = kept if ctx.invoked_subcommand == "quantize" else None
+            hint = kept if ctx.invoked_subcommand in ("quantize", "dequantize") else None
             raise Interrupted("Stopped before the end", hint=hint) from None
 
 
@@ -133,7 +133,7 @@ def plan(
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
     console.data(made.as_dict())
     show_plan(made, console)
-    if skeleton is not None:
+    if skeleton is not None and not made.problems:
         from dsv4q.checkpoint.finish import write_skeleton
 
         write_skeleton(skeleton, source, made)
@@ -189,6 +189,35 @@ def quantize(
     console.print(f"{out} is complete. Check every byte with: dsv4q verify-shards {out} --deep --source {source}")
 
 
+@app.command()
+def dequantize(
+    native: Annotated[Path, typer.Argument(metavar="NATIVE", help="Checkpoint in DeepSeek's own FP8 and MXFP4.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint: new, empty or unfinished.")],
+    shards: Annotated[
+        int | None, typer.Option(min=1, max=99_999, help="Balanced shards; the files of NATIVE if left out.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run in OUT, or start it over.")
+    ] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the BF16 checkpoint that a native one stands for.
+
+    Every value is exact, or the run stops. It can be stopped at any moment: the same command goes on where it was.
+    Not needed for quantize, which reads a native checkpoint itself.
+    """
+    from dsv4q import dequantize as story
+
+    console = _console(as_json, quiet)
+    report = story.dequantize(story.Job(source=native, out=out, shards=shards, resume=resume), console)
+    console.data(report)
+    console.print(
+        f"{out}: {report['tensors']:,} tensors, {human_bytes(report['bytes'])}, in {len(report['shards'])} shards. "
+        f"Check every byte with: dsv4q verify-shards {out} --deep --source {native}"
+    )
+
+
 @app.command("verify-shards")
 def verify_shards(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of the artifact to judge.")],
@@ -196,10 +225,11 @@ def verify_shards(
         Path | None, typer.Option(help="The checkpoint it was made from: compare and re-encode every tensor.")
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Read the data too: scales, pairs, ranges, NaN.")] = False,
+    device: Annotated[str, typer.Option(help="Where weights are compared: auto, cpu, cuda or cuda:N.")] = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Judge an artifact, however it was made.
+    """Judge an artifact or a BF16 checkpoint.
 
     Names, dtypes, shapes and config by default; the data too with --deep; every byte against the checkpoint it was
     made from with --source. Exit code 3 if anything differs from what config.json and the format demand.
@@ -218,7 +248,7 @@ def verify_shards(
             bar.advance(now - done)
             done = now
 
-        result = verify(artifact, source=source, deep=deep, progress=progress)
+        result = verify(artifact, source=source, deep=deep, progress=progress, device=device)
     console.data(result.as_dict())
     show_verification(result, console)
     if not result.ok:

@@ -7,9 +7,6 @@ made. Nothing outside OUT is written, and OUT/.dsv4q holds all that an unfinishe
 from __future__ import annotations
 
 import ctypes
-import json
-import os
-import re
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4q import __version__
 from dsv4q.checkpoint.finish import write_small_files
-from dsv4q.checkpoint.journal import INDEX, REPORT, Journal, check_output, first_difference, is_finished
+from dsv4q.checkpoint.journal import Journal, check_output, is_finished
 from dsv4q.checkpoint.native import open_source, scan_source
-from dsv4q.checkpoint.plan import Plan, free_bytes, make_plan, require_weights, with_problem
+from dsv4q.checkpoint.output import already_there, disk_problem, finished_report, place_problem, require_verified
+from dsv4q.checkpoint.plan import Plan, first_problem, free_bytes, make_plan, require_weights, with_problem
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.checkpoint.verify import verify_headers
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
 from dsv4q.config import Config
 from dsv4q.console import Console
-from dsv4q.errors import DataError, DeviceError, DiskError, Dsv4qError, OutputError, VerificationFailed
+from dsv4q.device import usable_device
+from dsv4q.errors import DataError, DeviceError, Dsv4qError
 from dsv4q.report import build_report
 
 if TYPE_CHECKING:
@@ -61,7 +59,8 @@ def prepare(job: Job) -> Plan:
     with checkpoint:
         free = free_bytes(job.out)
         plan = make_plan(checkpoint, job.config, free_disk=free)
-    for problem in (_place_problem(job.out), _disk_problem(plan, job.out), _data_problem(job)):
+    disk = disk_problem(job.out, plan.estimate.disk, free)
+    for problem in (place_problem(job.out), disk, _data_problem(job)):
         plan = with_problem(plan, problem)
     return plan
 
@@ -74,7 +73,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
     """
     plan = prepare(job)
     if plan.problems:
-        raise _first(plan.problems)
+        raise first_problem(plan.problems, "`dsv4q plan` lists them all")
     begin = time.time()
     with open_source(job.source) as source:
         device = _device(job.device, plan)
@@ -82,8 +81,8 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         _same_threads(job)
         identity = _identity(job, source, data, device)
         if is_finished(job.out):
-            report = _already_there(job, identity)
-            _verify(job.out)
+            report = already_there(job.out, identity, resume=job.resume)
+            require_verified(job.out)
             return report
         journal = Journal.open(job.out, identity, resume=job.resume)
         try:
@@ -96,7 +95,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
             journal.remove()
         finally:
             journal.close()
-    _verify(job.out)
+    require_verified(job.out)
     return report
 
 
@@ -148,43 +147,6 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _first(problems: tuple[Dsv4qError, ...]) -> Dsv4qError:
-    error = problems[0]
-    if len(problems) > 1:
-        more = f"{len(problems) - 1} more problem(s); `dsv4q plan` lists them all"
-        error.hint = f"{error.hint}; {more}" if error.hint else more
-        error.args = (error.text(),)
-    return error
-
-
-def _place_problem(out: Path) -> OutputError | None:
-    """Whether the folder can be made, and written, as far as its nearest existing parent tells."""
-    there = out.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        return OutputError("The output folder cannot be made", where=out, expected="a folder", found=f"{there}, a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        return OutputError(
-            "The output folder cannot be written", where=out, found=f"{there} is not writable by this user"
-        )
-    return None
-
-
-def _disk_problem(plan: Plan, out: Path) -> DiskError | None:
-    written = sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
-    free = plan.free_disk
-    if free is None or free + written >= plan.estimate.disk:
-        return None
-    return DiskError(
-        "There is too little free disk for the artifact",
-        where=out,
-        expected=f"{plan.estimate.disk:,} bytes",
-        found=f"{free:,} bytes",
-        hint="make room or choose an output folder on another disk",
-    )
-
-
 def data_spec(job: Job) -> tuple[DataSpec, Path] | None:
     """What to calibrate on, and the folder that a relative path in the config is relative to."""
     from dsv4q.calibration.data import DataSpec
@@ -233,21 +195,10 @@ def _load_data(job: Job, plan: Plan) -> CalibrationData | None:
 
 
 def _device(name: str, plan: Plan) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    expected = "auto, cpu, cuda or cuda:N"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise DeviceError("There is no such device", where="--device", expected=expected, found=repr(name))
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DeviceError(
-            "There is no such device", where=f"--device {name}", expected=expected, found=str(error).splitlines()[0]
-        ) from error
+    device = usable_device(name)
     if device.type == "cuda":
+        import torch
+
         free, total = torch.cuda.mem_get_info(device)
         if total < plan.estimate.gpu:
             raise DeviceError(
@@ -264,7 +215,7 @@ def _same_threads(job: Job) -> None:
     """Work with the thread count that the run in OUT began with: another one can change the last bit of a scale."""
     import torch
 
-    finished = _finished_report(job.out)
+    finished = finished_report(job.out)
     before = finished["identity"] if finished else Journal.identity_of(job.out) if job.resume else None
     threads = (before or {}).get("threads")
     if isinstance(threads, int):
@@ -288,61 +239,3 @@ def _identity(job: Job, source: Checkpoint, data: CalibrationData | None, device
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-
-
-def _already_there(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
-    """A finished artifact is returned as it is if this very job made it, and refused otherwise."""
-    report = _finished_report(job.out)
-    if report is None:
-        raise OutputError(
-            "The output folder holds a checkpoint that dsv4q did not make",
-            where=job.out,
-            expected="a new or empty folder",
-            found=f"{INDEX}, and a {REPORT} that is not ours",
-            hint="choose another folder; nothing in this one was touched",
-        )
-    difference = first_difference(report["identity"], identity)
-    if difference:
-        key, before, now = difference
-        raise OutputError(
-            f"The output folder holds a finished artifact of another {key.partition('.')[0]}",
-            where=f"{job.out}: {key}",
-            expected=before,
-            found=now,
-            hint="choose another folder, or delete this artifact yourself",
-        )
-    if not job.resume:
-        raise OutputError(
-            "The output folder holds this very artifact, finished",
-            where=job.out,
-            expected="an unfinished run to start over, with --no-resume",
-            hint="choose another folder, or delete this artifact yourself",
-        )
-    # The index is the last file of all, so a crash after it can only have left the work folder behind.
-    Journal.remove_leftovers(job.out)
-    return report
-
-
-def _finished_report(out: Path) -> dict[str, Any] | None:
-    """The report of a finished run of ours in `out`, if there is one."""
-    if not is_finished(out):
-        return None
-    try:
-        report = json.loads((out / REPORT).read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return report if isinstance(report, dict) and isinstance(report.get("identity"), dict) else None
-
-
-def _verify(out: Path) -> None:
-    """The independent judge looks at the headers before we say that it is done."""
-    result = verify_headers(out)
-    if not result.ok:
-        first = result.differences[0]
-        raise VerificationFailed(
-            f"The finished artifact has {len(result.differences)} difference(s) from the contract",
-            where=f"{first.tensor or ''} {first.file or ''}".strip() or out,
-            expected=first.expected,
-            found=first.found,
-            hint=f"dsv4q verify-shards {out} lists all; if it has only just been made, please report this",
-        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.plan import Plan
 from dsv4q.console import Console, Mode, human_bytes
@@ -89,7 +90,10 @@ def show_verification(result: VerifyResult, console: Console) -> None:
     """What was examined, every difference up to `SHOWN`, and the verdict."""
     console.table("Checks", ["check", "examined"], [[name, f"{n:,}"] for name, n in result.checks.items()])
     for role, errors in result.errors.items():
-        console.print(f"{role}: " + ", ".join(f"{name} {_number(value)}" for name, value in errors.items()))
+        console.print(f"{role}: {_exactness(errors)}{_inexactness(errors)}")
+    in_all = result.exactness()
+    if in_all is not None:
+        console.print(f"in all: {_exactness(in_all)}")
     for difference in result.differences[:SHOWN]:
         place = " in ".join(part for part in (difference.tensor, difference.file) if part)
         console.print(f"DIFFERENCE {difference.check}: {place}")
@@ -97,12 +101,23 @@ def show_verification(result: VerifyResult, console: Console) -> None:
         console.print(f"  found: {difference.found}")
     if len(result.differences) > SHOWN:
         console.print(f"… and {len(result.differences) - SHOWN:,} more; --json lists them all")
+    kind = "BF16 checkpoint, " if result.kind == "plain" else ""
     verdict = "as it must be" if result.ok else f"{len(result.differences):,} difference(s)"
     console.print(
-        f"{result.artifact}: {result.tensors:,} tensors, {result.mtp_tensors} of them mtp.*, "
+        f"{result.artifact}: {kind}{result.tensors:,} tensors, {result.mtp_tensors} of them mtp.*, "
         f"in {result.shards} shards, {human_bytes(result.bytes)}: {verdict}"
     )
 
 
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _exactness(errors: Mapping[str, Any]) -> str:
+    return f"{errors['exact']:,} of {errors['tensors']:,} tensors exact, max abs error {errors['max_abs_error']:.4g}"
+
+
+def _inexactness(errors: Mapping[str, Any]) -> str:
+    if errors["exact"] == errors["tensors"]:
+        return ""
+    sqnr = errors["min_sqnr_db"]
+    return (
+        f"; relative error {errors['mean_relative_error']:.4g} on average, at most {errors['max_relative_error']:.4g} "
+        f"({errors['worst']})" + ("" if sqnr is None else f", SQNR at least {sqnr:.1f} dB")
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from dsv4q.checkpoint.journal import INDEX, REPORT, check_output, write_atomic
 from dsv4q.checkpoint.modelcard import LICENSE_FILE, model_card
-from dsv4q.checkpoint.plan import Plan, artifact_config_text, index_text
+from dsv4q.checkpoint.plan import Plan, ShardPlan, artifact_config_text, index_text
 from dsv4q.checkpoint.writer import write_sparse_shards
 from dsv4q.errors import OutputError
 
@@ -20,6 +20,7 @@ _CARRIED = (
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.json",
     "chat_template.jinja",
 )  # fmt: skip
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".partial", ".tmp")
 _CARRIED_FOLDERS = ("encoding",)
 
 
@@ -36,14 +37,37 @@ def carried_files(source: Path) -> list[Path]:
 
 def write_small_files(out: Path, source: Path, plan: Plan, report: Mapping[str, Any]) -> None:
     """Everything but the shards. Each file is whole or not there; the index comes last."""
-    _carry(out, source)
+    _carry(out, source, carried_files(source))
     _write_plan_files(out, source, plan)
+    _write_last(out, plan, report)
+
+
+def write_plain_files(
+    out: Path, source: Path, plan: ShardPlan, config: Mapping[str, Any], report: Mapping[str, Any]
+) -> None:
+    """`write_small_files` of a plain checkpoint: every small file of the source, and `config` as config.json."""
+    _carry(out, source, dict.fromkeys([*carried_files(source), *_other_files(source)]))
+    write_atomic(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    _write_last(out, plan, report)
+
+
+def _other_files(source: Path) -> list[Path]:
+    """Files beside the shards that are neither weights nor written anew."""
+    anew = ("config.json", INDEX, REPORT)
+    return [
+        Path(p.name)
+        for p in sorted(source.iterdir())
+        if p.is_file() and p.suffix.lower() not in _WEIGHTS and not p.name.startswith(".") and p.name not in anew
+    ]
+
+
+def _write_last(out: Path, plan: ShardPlan, report: Mapping[str, Any]) -> None:
     write_atomic(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     write_atomic(out / INDEX, index_text(plan).encode())
 
 
-def _carry(out: Path, source: Path) -> None:
-    for name in carried_files(source):
+def _carry(out: Path, source: Path, names: Iterable[Path]) -> None:
+    for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out / name, (source / name).read_bytes())
 
@@ -70,6 +94,6 @@ def write_skeleton(out: Path, source: Path, plan: Plan) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_sparse_shards(out, plan)
     folder = source if source.is_dir() else source.parent
-    _carry(out, folder)
+    _carry(out, folder, carried_files(folder))
     _write_plan_files(out, folder, plan)
     write_atomic(out / INDEX, index_text(plan).encode())

@@ -10,7 +10,7 @@ import math
 import shutil
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,12 @@ class PlannedShard:
     tensors: tuple[PlannedTensor, ...]
     """In the order in which they lie in the file: by alignment, then by the model's order."""
 
+    @classmethod
+    def of(cls, file: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:
+        """A shard of `tensors`, which come in the model's order."""
+        # Wide dtypes first keeps every tensor aligned to its element size, as safetensors' own writer does.
+        return cls(file, tuple(sorted(tensors, key=lambda t: -DTYPE_BYTES[t.dtype])))
+
     @cached_property
     def data_bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
@@ -92,6 +98,42 @@ class PlannedShard:
         for tensor in self.tensors:
             yield tensor, offset
             offset += tensor.nbytes
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What is written, to which file, and where in it."""
+
+    shards: tuple[PlannedShard, ...]
+
+    @cached_property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        return tuple(t for shard in self.shards for t in shard.tensors)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """Units of work in order."""
+        return tuple(sorted(self._by_block, key=_block_order))
+
+    def block_tensors(self, block: str) -> tuple[PlannedTensor, ...]:
+        return self._by_block.get(block, ())
+
+    @cached_property
+    def _by_block(self) -> dict[str, tuple[PlannedTensor, ...]]:
+        found: dict[str, list[PlannedTensor]] = defaultdict(list)
+        for tensor in self.tensors:
+            found[tensor.block].append(tensor)
+        return {block: tuple(tensors) for block, tensors in found.items()}
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Bytes of tensor data, the index's `total_size`."""
+        return sum(s.data_bytes for s in self.shards)
+
+    def index(self) -> dict[str, Any]:
+        """Contents of model.safetensors.index.json."""
+        weight_map = {t.name: shard.file for shard in self.shards for t in shard.tensors}
+        return {"metadata": {"total_size": self.artifact_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 @dataclass(frozen=True)
@@ -128,7 +170,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ShardPlan):
     """What a run will read, make and write."""
 
     source: str
@@ -137,7 +179,6 @@ class Plan:
     source_specs: tuple[TensorSpec, ...]
     """The tensors of the model, as BF16."""
     source_files: SourceFiles
-    shards: tuple[PlannedShard, ...]
     group_of: dict[str, str]
     artifact_config: dict[str, Any]
     """The config.json to write."""
@@ -148,33 +189,9 @@ class Plan:
     problems: tuple[Dsv4qError, ...]
 
     @cached_property
-    def tensors(self) -> tuple[PlannedTensor, ...]:
-        return tuple(t for shard in self.shards for t in shard.tensors)
-
-    @cached_property
     def blocks(self) -> tuple[str, ...]:
-        """Units of work in order."""
+        """Units of work in order, those of which nothing is written too."""
         return tuple(dict.fromkeys(s.block for s in self.source_specs))
-
-    def block_tensors(self, block: str) -> tuple[PlannedTensor, ...]:
-        return self._by_block.get(block, ())
-
-    @cached_property
-    def _by_block(self) -> dict[str, tuple[PlannedTensor, ...]]:
-        found: dict[str, list[PlannedTensor]] = defaultdict(list)
-        for tensor in self.tensors:
-            found[tensor.block].append(tensor)
-        return {block: tuple(tensors) for block, tensors in found.items()}
-
-    @property
-    def artifact_bytes(self) -> int:
-        """Bytes of tensor data, the index's `total_size`."""
-        return sum(s.data_bytes for s in self.shards)
-
-    def index(self) -> dict[str, Any]:
-        """Contents of model.safetensors.index.json."""
-        weight_map = {t.name: shard.file for shard in self.shards for t in shard.tensors}
-        return {"metadata": {"total_size": self.artifact_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: everything but the list of tensors."""
@@ -264,7 +281,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         )
     tensors, misfits = _artifact_tensors(specs, config, dict(selection.group_of))
     problems += misfits
-    shards = _shards(tensors, config.output.shards)
+    shards = balanced_shards(tensors, config.output.shards)
     estimate = _estimate(specs, shards, config, dims)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
     return Plan(
@@ -323,7 +340,9 @@ def _head_copies(specs: list[TensorSpec]) -> Iterator[PlannedTensor]:
             yield PlannedTensor(f"{block}.{suffix}", spec.dtype, spec.shape, spec, False, block)
 
 
-def _shards(tensors: list[PlannedTensor], count: int) -> tuple[PlannedShard, ...]:
+def balanced_shards(
+    tensors: list[PlannedTensor], count: int, asked_by: str = "output.shards"
+) -> tuple[PlannedShard, ...]:
     """Cut the model's order into exactly `count` contiguous shards as equal as whole pieces allow.
 
     A piece is one routed expert or one other module; it is never cut. Each cut is the piece boundary nearest to
@@ -340,7 +359,7 @@ def _shards(tensors: list[PlannedTensor], count: int) -> tuple[PlannedShard, ...
     if count > len(pieces):
         raise ConfigError(
             "More shards are asked for than there are pieces to put into them",
-            where="output.shards",
+            where=asked_by,
             expected=f"at most {len(pieces)}",
             found=count,
         )
@@ -348,10 +367,13 @@ def _shards(tensors: list[PlannedTensor], count: int) -> tuple[PlannedShard, ...
     shards = []
     for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False), 1):
         members = [tensor for piece in pieces[start:end] for tensor in piece]
-        # Wide dtypes first keeps every tensor aligned to its element size, as safetensors' own writer does.
-        members.sort(key=lambda t: -DTYPE_BYTES[t.dtype])
-        shards.append(PlannedShard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(members)))
+        shards.append(PlannedShard.of(shard_name(number, count), members))
     return tuple(shards)
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name of shard `number`, from 1, of `count`."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _cuts(sizes: list[int], count: int) -> list[int]:
@@ -408,6 +430,16 @@ def _estimate(specs: list[TensorSpec], shards: tuple[PlannedShard, ...], config:
     return Estimate(host=host, read_ahead=ahead, gpu=gpu, disk=disk, calibration_tokens=tokens)
 
 
+def first_problem(problems: Sequence[Dsv4qError], see: str) -> Dsv4qError:
+    """The first problem; its hint tells how many more there are, and `see` what lists them."""
+    error = problems[0]
+    if len(problems) > 1:
+        more = f"{len(problems) - 1} more problem(s); {see}"
+        error.hint = f"{error.hint}; {more}" if error.hint else more
+        error.args = (error.text(),)
+    return error
+
+
 def with_problem(plan: Plan, problem: Dsv4qError | None) -> Plan:
     """The same plan with one more problem, if there is one."""
     return plan if problem is None else replace(plan, problems=(*plan.problems, problem))
@@ -432,7 +464,7 @@ def artifact_config_text(plan: Plan) -> str:
     return json.dumps(plan.artifact_config, indent=2, ensure_ascii=False) + "\n"
 
 
-def index_text(plan: Plan) -> str:
+def index_text(plan: ShardPlan) -> str:
     """model.safetensors.index.json of the artifact."""
     return json.dumps(plan.index(), indent=2) + "\n"
 

@@ -55,7 +55,7 @@ def _judge(case: Case, progress: Progress | None) -> dict[str, ErrorStats]:
             if progress is not None:
                 progress(job.label, done, total)
     if progress is not None and done < total:  # linears that are not whole have no job
-        progress("", total, total)
+        progress("done", total, total)
     return dict(errors)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dsv4q.checkpoint.journal import fsync_folder
-from dsv4q.checkpoint.plan import WRITE_BEHIND, Plan, PlannedShard, PlannedTensor
+from dsv4q.checkpoint.plan import WRITE_BEHIND, PlannedShard, PlannedTensor, ShardPlan
 from dsv4q.errors import DiskError, OutputError
 
 _AGAIN = "make room, or see to the disk; then the same command goes on from there"
@@ -55,7 +55,7 @@ class ShardWriter:
         DiskError: the disk refuses to take the bytes.
     """
 
-    def __init__(self, out: Path, plan: Plan) -> None:
+    def __init__(self, out: Path, plan: ShardPlan) -> None:
         self.out = out
         self._place: dict[str, tuple[PlannedShard, int]] = {}
         self._tensor: dict[str, PlannedTensor] = {}
@@ -218,7 +218,7 @@ class BackgroundWriter:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def check_finished_shards(out: Path, plan: Plan, done: Iterable[str]) -> None:
+def check_finished_shards(out: Path, plan: ShardPlan, done: Iterable[str]) -> None:
     """Refuse to resume into shards that are not the ones our journal speaks of.
 
     Raises:
@@ -247,7 +247,7 @@ def check_finished_shards(out: Path, plan: Plan, done: Iterable[str]) -> None:
             )
 
 
-def write_sparse_shards(out: Path, plan: Plan) -> None:
+def write_sparse_shards(out: Path, plan: ShardPlan) -> None:
     """The planned shards as sparse files: true headers, holes for data.
 
     Raises:

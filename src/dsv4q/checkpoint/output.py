@@ -1,0 +1,106 @@
+"""The output folder of a run: whether it can be written, has room, and what is finished in it already."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dsv4q.checkpoint.journal import INDEX, REPORT, Journal, first_difference, is_finished
+from dsv4q.checkpoint.verify import verify_headers
+from dsv4q.errors import DiskError, OutputError, VerificationFailed
+
+
+def place_problem(out: Path) -> OutputError | None:
+    """Whether the folder can be made, and written, as far as its nearest existing parent tells."""
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        return OutputError("The output folder cannot be made", where=out, expected="a folder", found=f"{there}, a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        return OutputError(
+            "The output folder cannot be written", where=out, found=f"{there} is not writable by this user"
+        )
+    return None
+
+
+def disk_problem(out: Path, needed: int, free: int | None) -> DiskError | None:
+    """Whether `needed` bytes find room, what an unfinished run has written there already counted in."""
+    written = sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
+    if free is None or free + written >= needed:
+        return None
+    return DiskError(
+        "There is too little free disk for the artifact",
+        where=out,
+        expected=f"{needed:,} bytes",
+        found=f"{free:,} bytes",
+        hint="make room or choose an output folder on another disk",
+    )
+
+
+def already_there(out: Path, identity: dict[str, Any], *, resume: bool) -> dict[str, Any]:
+    """A finished artifact is returned as it is if this very job made it, and refused otherwise; its report.
+
+    Raises:
+        OutputError: a finished artifact of another source, config, data or version; `resume` is false.
+    """
+    report = finished_report(out)
+    if report is None:
+        raise OutputError(
+            "The output folder holds a checkpoint that dsv4q did not make",
+            where=out,
+            expected="a new or empty folder",
+            found=f"{INDEX}, and a {REPORT} that is not ours",
+            hint="choose another folder; nothing in this one was touched",
+        )
+    difference = first_difference(report["identity"], identity)
+    if difference:
+        key, before, now = difference
+        raise OutputError(
+            f"The output folder holds a finished artifact of another {key.partition('.')[0]}",
+            where=f"{out}: {key}",
+            expected=before,
+            found=now,
+            hint="choose another folder, or delete this artifact yourself",
+        )
+    if not resume:
+        raise OutputError(
+            "The output folder holds this very artifact, finished",
+            where=out,
+            expected="an unfinished run to start over, with --no-resume",
+            hint="choose another folder, or delete this artifact yourself",
+        )
+    # The index is the last file of all, so a crash after it can only have left the work folder behind.
+    Journal.remove_leftovers(out)
+    return report
+
+
+def finished_report(out: Path) -> dict[str, Any] | None:
+    """The report of a finished run of ours in `out`, if there is one."""
+    if not is_finished(out):
+        return None
+    try:
+        report = json.loads((out / REPORT).read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return report if isinstance(report, dict) and isinstance(report.get("identity"), dict) else None
+
+
+def require_verified(out: Path) -> None:
+    """The independent judge looks at the headers before we say that it is done.
+
+    Raises:
+        VerificationFailed: it finds a difference.
+    """
+    result = verify_headers(out)
+    if not result.ok:
+        first = result.differences[0]
+        raise VerificationFailed(
+            f"The finished artifact has {len(result.differences)} difference(s) from the contract",
+            where=f"{first.tensor or ''} {first.file or ''}".strip() or out,
+            expected=first.expected,
+            found=first.found,
+            hint=f"dsv4q verify-shards {out} lists all; if it has only just been made, please report this",
+        )

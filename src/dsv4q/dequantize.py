@@ -1,0 +1,163 @@
+"""A native release as the BF16 checkpoint that it stands for: source -> plan -> check -> blocks -> finish -> verify.
+
+Tensors are read and dequantized ahead and written behind, block by block with a line in the journal, as in `quantize`.
+Memory: the tensors under way (`ahead.BUDGET`, `plan.WRITE_BEHIND`), or the largest one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dsv4q import __version__
+from dsv4q.checkpoint.ahead import loaded_ahead
+from dsv4q.checkpoint.compare import compare_with_layout
+from dsv4q.checkpoint.finish import write_plain_files
+from dsv4q.checkpoint.journal import Journal, check_output, is_finished
+from dsv4q.checkpoint.layout import Dims, source_tensors
+from dsv4q.checkpoint.native import NativeCheckpoint, forms_of, scan_source
+from dsv4q.checkpoint.output import already_there, disk_problem, place_problem, require_verified
+from dsv4q.checkpoint.plan import (
+    PlannedShard,
+    PlannedTensor,
+    ShardPlan,
+    balanced_shards,
+    first_problem,
+    free_bytes,
+    require_weights,
+    shard_name,
+)
+from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
+from dsv4q.console import Console
+from dsv4q.errors import Dsv4qError, SourceError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as the user asked for it."""
+
+    source: Path
+    out: Path
+    shards: int | None = None
+    """None: the files of the source."""
+    resume: bool = True
+
+
+def dequantize(job: Job, console: Console) -> dict[str, Any]:
+    """Run the job to its end, or continue an unfinished one. Returns the report that is also OUT/report.json.
+
+    Raises:
+        Dsv4qError: a named reason; finished blocks are kept and the same command goes on from there.
+    """
+    begin = time.time()
+    check_output(job.out, job.source)
+    with scan_source(job.source) as source:
+        plan = _plan(job, source)
+        identity = _identity(job, source)
+        if is_finished(job.out):
+            report = already_there(job.out, identity, resume=job.resume)
+            require_verified(job.out)
+            return report
+        journal = Journal.open(job.out, identity, resume=job.resume)
+        try:
+            _run_blocks(job, plan, source, journal, console)
+            report = {
+                "command": "dequantize",
+                "source": str(job.source),
+                "forms": forms_of(source),
+                "tensors": len(plan.tensors),
+                "bytes": plan.artifact_bytes,
+                "shards": [shard.file for shard in plan.shards],
+                "seconds": round(time.time() - begin, 3),
+                "blocks": list(journal.done.values()),
+                "identity": identity,
+            }
+            config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+            write_plain_files(job.out, job.source, plan, config, report)
+            journal.remove()
+        finally:
+            journal.close()
+    require_verified(job.out)
+    return report
+
+
+def _run_blocks(job: Job, plan: ShardPlan, source: Checkpoint, journal: Journal, console: Console) -> None:
+    if journal.done:
+        console.talk(f"Resuming: {len(journal.done)} of {len(plan.blocks)} blocks are done")
+        check_finished_shards(job.out, plan, journal.done)
+    todo = [tensor for block in plan.blocks if block not in journal.done for tensor in plan.block_tensors(block)]
+    writer = ShardWriter(job.out, plan)
+    writer.finish_blocks(journal.done)
+    try:
+        with (
+            BackgroundWriter(writer) as behind,
+            loaded_ahead(todo, lambda tensor: source.read(tensor.name), lambda tensor: tensor.nbytes) as ready,
+            console.progress("dequantizing", plan.artifact_bytes) as progress,
+        ):
+            progress.skip(plan.artifact_bytes - sum(tensor.nbytes for tensor in todo))
+            for block, members in groupby(ready, key=lambda pair: pair[0].block):
+                progress.describe(block)
+                for tensor, data in members:
+                    behind.put(tensor.name, data)
+                    progress.advance(tensor.nbytes)
+                behind.finish(block, _line(journal, block))
+    finally:
+        writer.close()
+
+
+def _line(journal: Journal, block: str) -> Callable[[str, float], None]:
+    """Tells the journal, once the block is on disk."""
+    return lambda digest, seconds: journal.finish_block(block, {"digest": digest})
+
+
+def _plan(job: Job, source: Checkpoint) -> ShardPlan:
+    """Every tensor of the model as BF16, F32 or I64, in the files of the source or in balanced shards.
+
+    Raises:
+        SourceError: damaged, not of the layout, or not quantized.
+        ConfigError: more shards than there are pieces.
+        OutputError, DiskError: the place cannot be written or is too small.
+    """
+    require_weights(source)
+    dims = Dims.from_config(source.config, source.config_file)
+    problems: list[Dsv4qError] = [*source.problems, *compare_with_layout(source, dims)]
+    if not problems and not isinstance(source, NativeCheckpoint):
+        nothing = "There is nothing to dequantize: none of the weights is FP8 or MXFP4"
+        problems.append(SourceError(nothing, where=job.source, hint="`dsv4q quantize` takes this checkpoint as it is"))
+    if problems:
+        raise first_problem(tuple(problems), f"`dsv4q plan {job.source}` lists them all")
+    tensors = [PlannedTensor(s.name, s.dtype, s.shape, s, False, s.block) for s in source_tensors(dims)]
+    plan = ShardPlan(balanced_shards(tensors, job.shards, "--shards") if job.shards else _same_files(source, tensors))
+    room = disk_problem(job.out, sum(shard.nbytes for shard in plan.shards), free_bytes(job.out))
+    for problem in (place_problem(job.out), room):
+        if problem is not None:
+            raise problem
+    return plan
+
+
+def _same_files(source: Checkpoint, tensors: list[PlannedTensor]) -> tuple[PlannedShard, ...]:
+    """Each tensor in the file of the source that has its weight.
+
+    A file that held nothing but scales is left out. The names stay if they then are those of a complete series.
+    """
+    members: dict[str, list[PlannedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        members[source.tensors[tensor.name].file].append(tensor)
+    series = {file: shard_name(number, len(members)) for number, file in enumerate(sorted(members), 1)}
+    return tuple(PlannedShard.of(series[file], members[file]) for file in sorted(members))
+
+
+def _identity(job: Job, source: Checkpoint) -> dict[str, Any]:
+    """Everything that decides the bytes."""
+    return {
+        "command": "dequantize",
+        "source": source.fingerprint(),
+        "shards": job.shards,
+        "versions": {"dsv4q": __version__},
+    }
