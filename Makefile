@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@rm -rf $(DEMO)
 	@mkdir -p $(DEMO)
-	$(BIN)/dsv4q toy $(DEMO)/source
+	$(BIN)/dsv4q toy --native $(DEMO)/source
 	$(BIN)/dsv4q plan $(DEMO)/source --config configs/toy.yaml
 	$(BIN)/dsv4q quantize $(DEMO)/source $(DEMO)/artifact --config configs/toy.yaml
 	$(BIN)/dsv4q verify-shards $(DEMO)/artifact --source $(DEMO)/source --deep

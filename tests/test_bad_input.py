@@ -613,8 +613,8 @@ WRONG: dict[str, tuple[tuple[str, ...], object, tuple[str, ...]]] = {
         ("splits modules", "w1, w2, w3"),
     ),
     "columns that fit no block": (
-        (*GROUPS, "attention", "weights", "block_structure"),
-        [128, 96],
+        (*GROUPS, "attention", "weights"),
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 96]},
         ("does not fit", "multiple of 96", "shape [128, 256]"),
     ),
     "strategy without its size": (
@@ -671,7 +671,9 @@ def test_a_config_that_is_not_there_is_refused(source: Path, out: Path, tmp_path
 def test_several_problems_are_counted_in_the_first_error(source: Path, out: Path) -> None:
     (source / "chat_samples.jsonl").write_text("")
     os.truncate(source / FIRST, 1_000_000)
-    assert_refused(source, out, ("truncated", "more problem", "`dsv4q plan` lists them all"))
+    assert_refused(source, out, ("truncated", "1 more problem", "with --dry-run lists them all"))
+    code, error = quantize(source, out, None, "--dry-run")
+    assert code == 1 and "is truncated" in error and "data is empty" in error and error.count("error: ") == 2
 
 
 def test_there_are_at_least_thirty_cases() -> None:

@@ -1003,3 +1003,13 @@ def test_a_tensor_of_many_pieces_is_compared_piece_by_piece(
     edit(plain, {"embed.weight": weight})
     found = only(judged(plain, source, deep=True)).found
     assert found == f"3 of {weight.nbytes:,} bytes differ, the first at byte 130 of the tensor"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["nvfp4", "int4", "pow2"])
+def test_a_gpu_finds_what_the_cpu_finds(made: dict[str, Path], source: Path, kind: str) -> None:
+    there = verify(made[kind], source=source, deep=True, progress=None, device="cuda")
+    here = judged(made[kind], source, deep=True)
+    assert (there.differences, there.checks) == (here.differences, here.checks)
+    for role, errors in here.errors.items():
+        assert there.errors[role] == pytest.approx(errors, rel=1e-6)

@@ -73,7 +73,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
     """
     plan = prepare(job)
     if plan.problems:
-        raise first_problem(plan.problems, "`dsv4q plan` lists them all")
+        raise first_problem(plan.problems, "the same command with --dry-run lists them all")
     begin = time.time()
     with open_source(job.source) as source:
         device = _device(job.device, plan)

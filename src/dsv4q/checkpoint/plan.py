@@ -328,6 +328,7 @@ def _stored(scheme: Scheme, spec: TensorSpec, problems: list[Dsv4qError]) -> tup
         return stored_tensors(scheme, spec.shape)
     except Dsv4qError as error:
         error.where = error.where or spec.name
+        error.args = (error.text(),)
         problems.append(error)
         return (("weight", spec.dtype, spec.shape),)
 
