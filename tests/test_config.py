@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from dsv4q.calibration import observers  # noqa: F401 - registers the exact ones
 from dsv4q.checkpoint.schemes import as_library_scheme, stored_tensors
-from dsv4q.config import Config, load_config, parse_config, with_dataset
+from dsv4q.config import Config, Mtp, load_config, parse_config, with_dataset
 from dsv4q.errors import ConfigError, RecipeError
 from runs import CONFIGS
 
@@ -213,10 +213,13 @@ def test_a_config_that_is_not_there_is_refused(tmp_path: Path, name: str) -> Non
 # ----------------------------------------------------------------------------------------------- contradictions
 
 
+def test_without_mtp_there_are_no_head_copies_unless_asked_for() -> None:
+    assert Mtp.model_validate({"keep": False}) == Mtp(keep=False, shared_head_copies=False)
+
+
 @pytest.mark.parametrize(
     ("section", "value", "told"),
     [
-        ("mtp", {"keep": False}, "contradict"),
         ("mtp", {"keep": False, "shared_head_copies": True}, "contradict"),
         ("activations", {"experts": "routed"}, "needs a fallback"),
         ("activations", {"experts": "all", "fallback": "layer_max"}, "never needs one"),

@@ -207,6 +207,14 @@ def test_cuts_give_exactly_so_many_parts_none_empty_each_within_one_piece_of_its
     assert all(abs(sum(part) - sum(sizes) / count) <= max(sizes) for part in parts)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "count", "ends"),
+    [([2, 9, 1], 2, [1, 3]), ([1, 9, 2], 2, [2, 3]), ([4, 4, 4, 4], 2, [2, 4]), ([9, 1, 1], 3, [1, 2, 3])],
+)
+def test_a_cut_is_the_boundary_nearest_to_its_ideal_place(sizes: list[int], count: int, ends: list[int]) -> None:
+    assert _cuts(sizes, count) == ends
+
+
 def test_shards_of_the_published_artifact_are_balanced_and_follow_the_layers(full: Plan) -> None:
     share = full.artifact_bytes / 35
     embedding = 129_280 * 4096 * 2

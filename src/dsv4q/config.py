@@ -52,7 +52,14 @@ class Mtp(_Frozen):
 
     keep: bool = True
     shared_head_copies: bool = True
-    """Also write `mtp.N.emb.tok_emb.weight` and `mtp.N.head.weight`, which older loaders need."""
+    """Also write `mtp.N.emb.tok_emb.weight` and `mtp.N.head.weight`, which older loaders need. Without MTP: false."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_copies_without_mtp(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("keep") is False:
+            return {"shared_head_copies": False, **raw}
+        return raw
 
     @model_validator(mode="after")
     def _agree(self) -> Mtp:
