@@ -26,8 +26,8 @@ from dsv4q.errorstats import Errors
 
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 
-_BATCH_ELEMENTS = 1 << 25
-"""Weight elements that are encoded at once: bounds the temporaries to some hundred MB."""
+_BATCH_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Weight elements that are worked on at once: bounds the temporaries to some hundred MB, some GB on a GPU."""
 
 State = dict[str, torch.Tensor]
 
@@ -50,7 +50,13 @@ class Member:
         """Whether `encode.py` has this scheme."""
         scheme = scheme_of(self.module)
         form = str(getattr(scheme.format, "value", scheme.format))
-        return form == NVFP4 and bool(scheme.weights.symmetric) and scheme.weights.strategy == "tensor_group"
+        inputs = scheme.input_activations
+        return (
+            form == NVFP4
+            and bool(scheme.weights.symmetric)
+            and scheme.weights.strategy == "tensor_group"
+            and (inputs is None or inputs.dynamic == "local")
+        )
 
     @property
     def is_exact(self) -> bool:
@@ -67,7 +73,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Batch:
-    """Linears of one shape and role, encoded together where that is possible."""
+    """Linears of one shape and role, encoded together where that is possible; others come one by one."""
 
     members: tuple[Member, ...]
 
@@ -75,36 +81,51 @@ class Batch:
     def role(self) -> str:
         return self.members[0].spec.role
 
-    def encode(self) -> list[State]:
-        """Stored tensors of each member, by suffix."""
-        if not self.members[0].is_nvfp4:
-            return [member.encode() for member in self.members]
-        packed = nvfp4_encode(
-            self._stack("weight"),
-            self._stack("weight_scale"),
-            self._stack("weight_global_scale"),
-            keep_negative_zero=self.members[0].is_exact,
+    def encode(self) -> State:
+        """Stored tensors of all members by suffix, each with a first dimension over the members."""
+        first = self.members[0]
+        if not first.is_nvfp4:
+            state = first.encode()
+            return {name: value[None] for name, value in state.items() if value is not None}
+        names = [name for name in GLOBAL_SCALES if name in first.module._parameters]
+        stored = {name: self._stack(name) for name in names}
+        scale = self._stack("weight_scale")
+        stored["weight_packed"] = nvfp4_encode(
+            self._stack("weight"), scale, stored["weight_global_scale"], keep_negative_zero=first.is_exact
         )
-        states = []
-        for member, bits in zip(self.members, packed, strict=True):
-            parameters = member.module._parameters
-            state = {"weight_packed": bits, "weight_scale": _parameter(member, "weight_scale").to(torch.float8_e4m3fn)}
-            state |= {name: _parameter(member, name) for name in GLOBAL_SCALES if name in parameters}
-            states.append(state)
-        return states
+        stored["weight_scale"] = scale.to(torch.float8_e4m3fn)
+        return stored
 
-    def measure(self, stored: Sequence[State], errors: Errors) -> None:
+    def measure(self, stored: State, errors: Errors) -> None:
         """Add the error of every member, decoded from its stored tensors, to `errors`."""
-        if self.members[0].is_nvfp4:
-            weights = nvfp4_decode(
-                torch.stack([s["weight_packed"] for s in stored]),
-                torch.stack([s["weight_scale"] for s in stored]),
-                self._stack("weight_global_scale"),
+        first = self.members[0]
+        if first.is_nvfp4:
+            values = nvfp4_decode(stored["weight_packed"], stored["weight_scale"], stored["weight_global_scale"])
+        else:
+            values = decoded(first.module, {name: value[0] for name, value in stored.items()})[None]
+        add_errors(errors, [m.spec.name for m in self.members], self._stack("weight"), values)
+
+    def check_scales(self, stored: State) -> None:
+        """Refuse scales that no consumer can use.
+
+        Raises:
+            CalibrationError: a scale that is zero, negative, NaN or infinite; names the first such module.
+        """
+        for name, value in stored.items():
+            if not name.endswith("scale"):
+                continue
+            number = value.to(torch.float32)
+            bad = ~(torch.isfinite(number) & (number > 0))
+            if not bool(bad.any()):
+                continue
+            at = int(bad.flatten(1).any(dim=1).nonzero()[0])
+            raise CalibrationError(
+                "A scale is not positive and finite",
+                where=f"{self.members[at].spec.module}.{name}",
+                expected="every element finite and above zero",
+                found=f"{int(bad[at].sum())} of {bad[at].numel()} are not, e.g. {float(number[at][bad[at]][0])}",
+                hint="an input scale without tokens: use activations.experts: all, or routed with a fallback",
             )
-            add_errors(errors, [m.spec.name for m in self.members], self._stack("weight"), weights)
-            return
-        for member, state in zip(self.members, stored, strict=True):
-            add_errors(errors, [member.spec.name], member.module.weight[None], decoded(member.module, state)[None])
 
     def _stack(self, name: str) -> torch.Tensor:
         return torch.stack([_parameter(member, name) for member in self.members])
@@ -119,7 +140,8 @@ def _parameter(member: Member, name: str) -> torch.Tensor:
 class BlockModules:
     """All of a block's members."""
 
-    def __init__(self, model: torch.nn.Module, tensors: Sequence[PlannedTensor]) -> None:
+    def __init__(self, model: torch.nn.Module, tensors: Sequence[PlannedTensor], device: torch.device) -> None:
+        self.device = device
         planned: dict[TensorSpec, list[PlannedTensor]] = defaultdict(list)
         for tensor in tensors:
             if tensor.encoded:
@@ -133,45 +155,54 @@ class BlockModules:
             name = "" if member.is_nvfp4 else member.spec.name
             alike[member.spec.role, member.spec.shape, name].append(member)
         for (_, shape, _), members in alike.items():
-            step = max(1, _BATCH_ELEMENTS // math.prod(shape))
+            step = self._step(math.prod(shape))
             for start in range(0, len(members), step):
                 yield Batch(tuple(members[start : start + step]))
 
+    def _step(self, elements: int) -> int:
+        """How many things of so many elements are worked on at once."""
+        return max(1, _BATCH_ELEMENTS[self.device.type] // elements)
+
     def input_amax(self) -> dict[str, float]:
         """Largest magnitude that each projection's settled `input_global_scale` represents, over all experts."""
-        found: dict[str, float] = {}
+        scales: dict[str, list[torch.Tensor]] = defaultdict(list)
         for member in self.members:
             if member.module._parameters.get("input_global_scale") is not None:
-                amax = E4M3_MAX * E2M1_MAX / float(_parameter(member, "input_global_scale"))
-                found[member.projection] = max(amax, found.get(member.projection, 0.0))
-        return found
+                scales[member.projection].append(_parameter(member, "input_global_scale"))
+        return {name: E4M3_MAX * E2M1_MAX / float(torch.cat(found).min()) for name, found in scales.items()}
 
-    def prepare(self, device: torch.device) -> None:
+    def prepare(self) -> None:
         """Give the quantization parameters memory: NaN until the observers fill them, so that no gap passes."""
         for member in self.members:
             for name, parameter in member.module._parameters.items():
                 if name == "weight" or parameter is None:
                     continue
-                fresh = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+                fresh = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self.device)
                 if not name.endswith("zero_point"):
                     fresh.fill_(float("nan"))
                 member.module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=False)
 
     def check_observed(self) -> None:
         """Refuse non-finite input statistics: compressed-tensors would turn them into a global scale of 1.0."""
-        for member in self.members:
-            observer = getattr(member.module, "input_observer", None)
-            if observer is None or not observer.has_statistics:
-                continue
-            amax = float(torch.maximum(observer.min_vals.abs(), observer.max_vals.abs()).amax())
-            if not math.isfinite(amax):
-                raise CalibrationError(
-                    "The activations became non-finite while calibrating",
-                    where=f"input of {member.spec.module}",
-                    expected="a finite largest magnitude",
-                    found=amax,
-                    hint="the source's weights of this layer are damaged or not of this architecture",
-                )
+        observed = [
+            (member, observer)
+            for member in self.members
+            if (observer := getattr(member.module, "input_observer", None)) is not None and observer.has_statistics
+        ]
+        if not observed:
+            return
+        ends = torch.stack([torch.stack([o.min_vals.amin(), o.max_vals.amax()]) for _, o in observed])
+        bad = (~torch.isfinite(ends)).any(dim=1)
+        if not bool(bad.any()):
+            return
+        at = int(bad.nonzero()[0])
+        raise CalibrationError(
+            "The activations became non-finite while calibrating",
+            where=f"input of {observed[at][0].spec.module}",
+            expected="a finite smallest and largest value",
+            found=ends[at].tolist(),
+            hint="the source's weights of this layer are damaged or not of this architecture",
+        )
 
     def settle_weight_scales(self) -> None:
         """Find the exact NVFP4 scales of many experts at once, w1 and w3 of one expert under one global scale."""
@@ -183,7 +214,7 @@ class BlockModules:
         for group in fused.values():
             alike[len(group), tuple(group[0].weight.shape)].append(group)
         for (size, shape), groups in alike.items():
-            step = max(1, _BATCH_ELEMENTS // (size * math.prod(shape)))
+            step = self._step(size * math.prod(shape))
             for start in range(0, len(groups), step):
                 settle_nvfp4(groups[start : start + step])
 
@@ -223,27 +254,6 @@ class BlockModules:
             for member, scale in zip(members, scales, strict=True):
                 _parameter(member, "input_global_scale").copy_(scale)
         return sorted(unseen)
-
-
-def check_scales(spec: TensorSpec, state: State) -> None:
-    """Refuse scales that no consumer can use.
-
-    Raises:
-        CalibrationError: a scale that is zero, negative, NaN or infinite.
-    """
-    for name, value in state.items():
-        if not name.endswith("scale"):
-            continue
-        number = value.to(torch.float32)
-        bad = ~(torch.isfinite(number) & (number > 0))
-        if bool(bad.any()):
-            raise CalibrationError(
-                "A scale is not positive and finite",
-                where=f"{spec.module}.{name}",
-                expected="every element finite and above zero",
-                found=f"{int(bad.sum())} of {number.numel()} are not, e.g. {float(number[bad][0])}",
-                hint="an input scale without tokens: use activations.experts: all, or routed with a fallback",
-            )
 
 
 def _linear(model: torch.nn.Module, spec: TensorSpec) -> torch.nn.Linear:

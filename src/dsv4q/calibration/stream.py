@@ -26,7 +26,7 @@ from llmcompressor.utils.helpers import DisableQuantization, calibration_forward
 from safetensors.torch import load_file, save_file
 
 from dsv4q.calibration.data import CalibrationData
-from dsv4q.calibration.measure import Stopwatch, tensor_bytes
+from dsv4q.calibration.measure import Stopwatch, on_host, tensor_bytes
 from dsv4q.calibration.model import (
     BlockInputs,
     DeepseekV4ForCausalLMWithMTP,
@@ -36,7 +36,7 @@ from dsv4q.calibration.model import (
     run_block,
     set_tensor,
 )
-from dsv4q.calibration.modules import GLOBAL_SCALES, BlockModules, check_scales
+from dsv4q.calibration.modules import GLOBAL_SCALES, BlockModules
 from dsv4q.calibration.prefetch import loader, read_threads
 from dsv4q.checkpoint.ahead import loaded_ahead
 from dsv4q.checkpoint.journal import Journal, fsync_folder
@@ -159,8 +159,8 @@ class BlockStream:
 
     def _decoder_block(self, index: int, tensors: tuple[PlannedTensor, ...], watch: Stopwatch) -> dict[str, Any]:
         layer = self.model.model.layers[index]
-        modules = BlockModules(self.model, tensors)
-        modules.prepare(self.device)
+        modules = BlockModules(self.model, tensors, self.device)
+        modules.prepare()
         record: dict[str, Any] = {}
         if self._is_forward(f"layers.{index}"):
             with watch.stage("forward"):
@@ -230,17 +230,19 @@ class BlockStream:
         for batch in modules.batches():
             with watch.stage("encode"):
                 stored = batch.encode()
+                batch.check_scales(stored)
             with watch.stage("measure"):
                 batch.measure(stored, errors[batch.role])
-            for member, state in zip(batch.members, stored, strict=True):
-                check_scales(member.spec, state)
-                for suffix in GLOBAL_SCALES:
-                    if suffix in state:
-                        scales[f"{member.projection}.{suffix}"].append(float(state[suffix]))
-                with watch.stage("write"):
+            with watch.stage("write"):
+                host = {name: on_host(value) for name, value in stored.items()}
+                for index, member in enumerate(batch.members):
                     for tensor in member.planned:
-                        value = state[tensor.name.removeprefix(f"{member.spec.module}.")]
+                        value = host[tensor.name.removeprefix(f"{member.spec.module}.")][index]
                         self.writer.put(tensor.name, tensor_bytes(value))
+            for suffix in (name for name in GLOBAL_SCALES if name in host):
+                for member, value in zip(batch.members, host[suffix].flatten().tolist(), strict=True):
+                    scales[f"{member.projection}.{suffix}"].append(value)
+            for member in batch.members:
                 release(member.module)
         return {
             "errors": {role: found.as_dict() for role, found in errors.items()},
