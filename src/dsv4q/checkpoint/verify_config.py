@@ -1,5 +1,9 @@
 """The artifact's quantization_config, judged alone: how each linear is stored, and whether the consumer sees it so.
 
+The formats of the contract, and packed integers as they are commonly served, are written down here in closed form.
+NVFP4 and FP8 in blocks must be exactly those: the consumer has no other. Any other scheme is put to compressed-tensors
+(`verify_library`), whose import takes seconds and is therefore left until then.
+
 The consumer (vLLM) builds the main model under upstream names, the draft under `model.layers.{num_hidden_layers + i}`
 with the same quantization_config, and asks of every linear: does a target match, does an ignore entry match. A target
 or ignore entry is a regular expression for `re.match` after `re:`, else an exact name or the class name `Linear`
@@ -55,6 +59,8 @@ _INPUTS: dict[str, dict[str, Any]] = {
     NVFP4: {**_FP4, "dynamic": "local"},
     FP8: {**_FP8, "strategy": "group", "group_size": 128, "dynamic": True},
 }
+_GENERAL = ("int-quantized", "naive-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+"""Formats of compressed-tensors 0.19 that store a quantized linear, without those above."""
 _SCALE_DTYPES: dict[str, frozenset[Any]] = {NVFP4: frozenset({None, "torch.float8_e4m3fn"})}
 
 Stored = dict[str, tuple[tuple[str, ...], Shape]]
@@ -71,6 +77,11 @@ class Scheme:
     columns: int | None
     """Columns per scale (integers); None: one scale per row."""
     input_scale: bool
+
+    @property
+    def is_general(self) -> bool:
+        """Whether compressed-tensors, not this module, knows how it is stored (`LibraryScheme`)."""
+        return False
 
     def stored(self, shape: Shape) -> Stored:
         """Tensors of a linear [out, in] in this scheme (contract.md; compressed-tensors' compressors)."""
@@ -203,42 +214,63 @@ def _groups(quantization: Mapping[str, Any], log: Log) -> list[_Group]:
 
 def _scheme(name: str, group: Mapping[str, Any], where: str, log: Log) -> Scheme | None:
     kind = group.get("format")
-    if kind not in _WEIGHTS:
-        log.differs("config", file=CONFIG, expected=f"{where}.format: one of {', '.join(_WEIGHTS)}", found=repr(kind))
+    if kind not in (*_WEIGHTS, *_GENERAL):
+        formats = ", ".join((*_WEIGHTS, *_GENERAL))
+        log.differs("config", file=CONFIG, expected=f"{where}.format: one of {formats}", found=repr(kind))
         return None
     weights = _arguments(group.get("weights"), f"{where}.weights", log)
     if weights is None:
         return None
+    if group.get("output_activations") is not None:
+        log.differs("config", file=CONFIG, expected=f"{where}.output_activations: null", found="something else")
+    if not _is_closed(kind, weights, group.get("input_activations")):
+        return _general_scheme(name, str(kind), group, weights, where, log)
     _check_arguments(weights, _WEIGHTS[kind], kind, f"{where}.weights.", log)
-    columns = _int_columns(weights, where, log) if kind == INT else weights.get("group_size")
     inputs = group.get("input_activations")
     # NVFP4 without input_activations is weight-only and has no input scale. FP8 attention without them is fatal.
     if kind in _INPUTS and (inputs is not None or kind == FP8):
         arguments = _arguments(inputs, f"{where}.input_activations", log)
         if arguments is not None:
             _check_arguments(arguments, _INPUTS[kind], kind, f"{where}.input_activations.", log)
-    elif inputs is not None:
-        log.differs("config", file=CONFIG, expected=f"{where}.input_activations: null", found=repr(inputs)[:80])
-    if group.get("output_activations") is not None:
-        log.differs("config", file=CONFIG, expected=f"{where}.output_activations: null", found="something else")
     bits = weights["num_bits"]
-    return Scheme(name, kind, bits if isinstance(bits, int) else 0, columns, inputs is not None)
+    return Scheme(name, kind, bits if isinstance(bits, int) else 0, weights.get("group_size"), inputs is not None)
 
 
-def _int_columns(weights: Mapping[str, Any], where: str, log: Log) -> int | None:
+def _is_closed(kind: str, weights: Mapping[str, Any], inputs: object) -> bool:
+    """Whether the scheme is of a family that is written down here, right or wrong."""
+    if kind == FP8:
+        return weights["strategy"] == "block"
+    if kind == INT:
+        wanted = all(weights[key] == value for key, value in _WEIGHTS[INT].items())
+        return wanted and inputs is None and weights["num_bits"] in (4, 8) and _is_by_group_or_row(weights)
+    return kind == NVFP4
+
+
+def _is_by_group_or_row(weights: Mapping[str, Any]) -> bool:
     size, strategy = weights["group_size"], weights["strategy"]
-    if weights["num_bits"] not in (4, 8):
-        log.differs("config", file=CONFIG, expected=f"{where}.weights.num_bits: 4 or 8", found=weights["num_bits"])
     if strategy in (None, "group") and isinstance(size, int) and size > 0:
-        return size
-    if not (strategy == "channel" and size in (None, -1)):
-        found = f"strategy {strategy!r}, group_size {size!r}"
-        log.differs(
-            "config",
-            file=CONFIG,
-            expected=f"{where}.weights: strategy group with a group_size, or channel",
-            found=found,
-        )
+        return True
+    return strategy == "channel" and size is None
+
+
+def _general_scheme(
+    name: str, kind: str, group: Mapping[str, Any], weights: Mapping[str, Any], where: str, log: Log
+) -> Scheme | None:
+    """A scheme that compressed-tensors knows; a difference, and None, where it does not."""
+    from dsv4q.checkpoint.verify_library import Refused, library_scheme
+
+    _check_arguments(weights, {"dynamic": False}, kind, f"{where}.weights.", log, any_scale_dtype=True)
+    inputs = group.get("input_activations")
+    if inputs is not None:
+        arguments = _arguments(inputs, f"{where}.input_activations", log)
+        if arguments is None:
+            return None
+        _check_arguments(arguments, {}, kind, f"{where}.input_activations.", log, any_scale_dtype=True)
+    try:
+        return library_scheme(name, kind, group)
+    except Refused as error:
+        expected = f"{where}: a scheme that compressed-tensors knows"
+        log.differs("config", file=CONFIG, expected=expected, found=error)
     return None
 
 
@@ -253,7 +285,13 @@ def _arguments(value: object, where: str, log: Log) -> dict[str, Any] | None:
 
 
 def _check_arguments(
-    arguments: Mapping[str, Any], expected: Mapping[str, Any], kind: str, where: str, log: Log
+    arguments: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    kind: str,
+    where: str,
+    log: Log,
+    *,
+    any_scale_dtype: bool = False,
 ) -> None:
     for key, value in expected.items():
         _must_be(arguments, key, value, where, log)
@@ -263,7 +301,7 @@ def _check_arguments(
     if not isinstance(arguments.get("observer_kwargs", {}), dict):
         log.differs("config", file=CONFIG, expected=f"{where}observer_kwargs: an object", found="something else")
     allowed = _SCALE_DTYPES.get(kind, frozenset({None}))
-    if arguments.get("scale_dtype") not in allowed:
+    if not any_scale_dtype and arguments.get("scale_dtype") not in allowed:
         found = repr(arguments["scale_dtype"])
         log.differs(
             "config", file=CONFIG, expected=f"{where}scale_dtype: one of {sorted(map(str, allowed))}", found=found
@@ -329,8 +367,22 @@ class _Simulation:
                 self._note("no ignore entry that matches a targeted linear", entry, name)
         ignored = any(self.ignore.match(name) for name in names) if first else False
         self.effective[spec.module] = first[0].name if first and not ignored else None
-        if first and first[0].scheme is not None:
-            self.schemes[spec.module] = first[0].scheme
+        scheme = first[0].scheme if first else None
+        if scheme is not None and self._fits(scheme, spec):
+            self.schemes[spec.module] = scheme
+
+    def _fits(self, scheme: Scheme, spec: TensorSpec) -> bool:
+        """Whether a linear of this shape can be stored; closed forms take any."""
+        if not scheme.is_general:
+            return True
+        from dsv4q.checkpoint.verify_library import Refused
+
+        try:
+            scheme.stored(spec.shape)
+        except Refused as error:
+            self._note(f"linears that {scheme.group} can store", str(error), spec.module)
+            return False
+        return True
 
     def _untouched(self, spec: TensorSpec, names: Sequence[str]) -> None:
         for name in names:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.ahead import loaded_ahead
-from dsv4q.checkpoint.layout import Dims
+from dsv4q.checkpoint.layout import Dims, TensorSpec
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.source import Checkpoint, scan
 from dsv4q.checkpoint.verify_case import Case, Job
+from dsv4q.checkpoint.verify_config import Scheme
 from dsv4q.checkpoint.verify_result import ErrorStats, Log
 from dsv4q.checkpoint.verify_untouched import Untouched
 from dsv4q.checkpoint.verify_weights import Linear
@@ -68,7 +69,17 @@ def _jobs(case: Case, errors: Mapping[str, ErrorStats]) -> Iterator[Job]:
     for module, scheme in schemes.items():
         spec = case.survey.specs[f"{module}.weight"]
         if all(f"{module}.{suffix}" in sound for suffix in scheme.stored(spec.shape)):
-            yield Linear(case, spec, scheme, errors)
+            yield _linear(case, spec, scheme, errors)
+
+
+def _linear(case: Case, spec: TensorSpec, scheme: Scheme, errors: Mapping[str, ErrorStats]) -> Linear:
+    if not scheme.is_general:
+        return Linear(case, spec, scheme, errors)
+    from dsv4q.checkpoint.verify_general import GeneralLinear
+    from dsv4q.checkpoint.verify_library import LibraryScheme
+
+    assert isinstance(scheme, LibraryScheme)
+    return GeneralLinear(case, spec, scheme, errors)
 
 
 def _compare_folders(survey: Survey, source: Checkpoint, log: Log) -> None:

@@ -34,7 +34,6 @@ from dsv4q.checkpoint.verify_case import FLOATS, Case, place
 from dsv4q.checkpoint.verify_config import FP8, INT, NVFP4, Scheme
 from dsv4q.checkpoint.verify_result import ErrorStats, TensorError
 
-_SCALES = ("weight_scale", "weight_global_scale", "input_global_scale")
 _PAIRED = ("weight_global_scale", "input_global_scale")
 
 
@@ -83,9 +82,9 @@ class Linear:
     def _scales(self) -> bool:
         """Every scale finite and positive."""
         fine = True
-        for suffix in (suffix for suffix in _SCALES if suffix in self.stored):
+        for suffix in (suffix for suffix in self.stored if suffix.endswith("scale")):
             self.case.log.looked_at("scales")
-            scale = self.stored[suffix].to(torch.float32)
+            scale = self._number(self.stored[suffix])
             if bool((scale.isfinite() & (scale > 0)).all()):
                 continue
             fine = False
@@ -97,6 +96,10 @@ class Linear:
                     found = f"{int(mask.sum()):,} of {mask.numel():,} are {kind}, the first at {place(mask)}"
                     self.case.differs("scales", self.names[suffix], "scales that are finite and positive", found)
         return fine
+
+    def _number(self, scale: Tensor) -> Tensor:
+        """F32."""
+        return scale.to(torch.float32)
 
     def _packed(self) -> None:
         """What can be wrong in the values without knowing the source. Every NVFP4 byte is a pair of valid values."""
@@ -141,7 +144,7 @@ class Linear:
         self.case.log.looked_at("encoding")
         values = "weight" if self.scheme.format == FP8 else "weight_packed"
         decoded, full, unit = _decode(self.scheme, self.stored), weight.to(torch.float32), _unit(self.stored)
-        self.errors[self.spec.role].add(self.spec.module, _error(full, decoded, unit))
+        self.errors[self.spec.role].add(self.spec.module, tensor_error(full, decoded, unit))
         if not self._reencodes(weight, self.stored[values].view(torch.uint8), self.names[values]):
             return
         self.case.log.looked_at("error")
@@ -150,9 +153,7 @@ class Linear:
         # encode divides in the promoted dtype; only BF16 by BF16 rounds the quotient to BF16.
         bf16 = self.scheme.format != NVFP4 and weight.dtype == self.stored["weight_scale"].dtype == torch.bfloat16
         far = far_elements(blocks, grid, bf16_quotient=bf16)
-        if bool(far.any()):
-            found = f"{int(far.sum()):,} of {far.numel():,} values are farther off"
-            self.case.differs("error", self.names[values], "values within half a step of the source's", found)
+        self._far(far, self.names[values])
         self._scale_choice(blocks, grid)
 
     def _reencodes(self, weight: Tensor, stored: Tensor, name: str) -> bool:
@@ -164,13 +165,21 @@ class Linear:
                 return True
             unequal.append((again, again != stored))
         again, mask = min(unequal, key=lambda pair: int(pair[1].sum()))
+        self._told(name, mask, again, stored)
+        return False
+
+    def _told(self, name: str, mask: Tensor, again: Tensor, stored: Tensor) -> None:
         first = place(mask)
         found = (
             f"{int(mask.sum()):,} of {mask.numel():,} bytes differ, the first at {first}: "
             f"0x{int(stored[tuple(first)]):02x} instead of 0x{int(again[tuple(first)]):02x}"
         )
         self.case.differs("encoding", name, "the source's weight, encoded with the artifact's own scales", found)
-        return False
+
+    def _far(self, far: Tensor, name: str) -> None:
+        if bool(far.any()):
+            found = f"{int(far.sum()):,} of {far.numel():,} values are farther off"
+            self.case.differs("error", name, "values within half a step of the source's", found)
 
     def _scale_choice(self, blocks: Blocks, grid: Grid) -> None:
         wrong = dishonest_scales(blocks, grid, self.stored.get("weight_global_scale"))
@@ -178,7 +187,7 @@ class Linear:
             return
         scale = self.stored["weight_scale"]
         first = int(wrong.nonzero()[0])
-        where = [first // scale.shape[-1], first % scale.shape[-1]]
+        where = list(divmod(first, scale.shape[-1])) if scale.ndim > 1 else [first]
         ideal = float(blocks.weight[first].abs().amax()) / grid.range
         found = (
             f"{int(wrong.sum()):,} of {wrong.numel():,} scales, the first at {where}: one unit is worth "
@@ -188,7 +197,8 @@ class Linear:
         self.case.differs("error", self.names["weight_scale"], expected, found)
 
 
-def _error(full: Tensor, decoded: Tensor, unit: Tensor) -> TensorError:
+def tensor_error(full: Tensor, decoded: Tensor, unit: Tensor) -> TensorError:
+    """Error of `decoded` against `full`, both F32 [out, in]; `unit` holds the effective scales."""
     difference = (full - decoded).abs_()
     return TensorError(
         signal=float(full.square().sum(dtype=torch.float64)),
