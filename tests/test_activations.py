@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dsv4q.calibration import stream
 from dsv4q.checkpoint.verify import verify
 from dsv4q.config import Config, parse_config
-from dsv4q.errors import ConfigError
+from dsv4q.errors import ConfigError, DeviceError
 from dsv4q.quantize import Job
 from runs import run, toy_job
 
@@ -103,3 +104,18 @@ def test_bounds_and_headroom_contradict_each_other(observed: tuple[Job, dict[str
     raw = {**with_bounds(observed[0].config), "activations": {"scales": "bound", "headroom": 2.0}}
     with pytest.raises(ConfigError, match="no effect"):
         parse_config(raw)
+
+
+def test_running_out_of_gpu_memory_is_a_named_error_that_loses_nothing(
+    observed: tuple[Job, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    job = Job(observed[0].source, tmp_path / "out", observed[0].config, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "run_block", full)
+        with pytest.raises(DeviceError, match="micro_batch"):
+            run(job)
+    run(job)
+    assert verify(job.out, source=job.source, deep=True, progress=None).ok

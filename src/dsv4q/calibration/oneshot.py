@@ -12,6 +12,7 @@ import yaml
 
 from dsv4q.calibration.upstream import quiet_libraries
 from dsv4q.checkpoint.plan import Plan
+from dsv4q.errors import DeviceError
 
 with quiet_libraries():
     from llmcompressor import oneshot
@@ -48,6 +49,15 @@ def run_oneshot(plan: Plan, folder: Path, make_stream: Callable[[DeepseekV4ForCa
                 pipeline=PIPELINE,
                 moe_calibrate_all_experts=plan.config.activations.experts == "all",
             )
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                "The GPU ran out of memory",
+                where=f"--device {stream.device}",
+                expected=f"about {plan.estimate.gpu:,} bytes free",
+                found=str(error).splitlines()[0],
+                hint="free the GPU of other work, or lower calibration.micro_batch and use --no-resume; finished "
+                "blocks are kept",
+            ) from error
         finally:
             reset_session()
     if stream.device.type == "cuda":

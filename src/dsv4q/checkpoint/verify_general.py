@@ -51,7 +51,7 @@ class GeneralLinear(Linear):
             self.case.log.looked_at("values")
             if tensor.is_floating_point():
                 self._none(suffix, tensor.to(torch.float32).isnan(), "values without NaN", "NaN")
-            if tensor.dtype == torch.int8 and weights.type == "int" and suffix.startswith("weight"):
+            if tensor.dtype == torch.int8 and weights.type == "int" and weights.num_bits < 8:
                 half = 1 << (weights.num_bits - 1)
                 outside = (tensor < -half) | (tensor >= half)
                 self._none(suffix, outside, f"integers of {weights.num_bits} bits", "out of range")

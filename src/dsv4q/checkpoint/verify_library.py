@@ -75,7 +75,7 @@ class LibraryScheme(Scheme):
         initialize_module_for_quantization(linear, self.library)
         state = get_direct_state_dict(linear)
         found = self._compressor.compress(state, self.library)
-        stored = {k: ((_DTYPES[v.dtype],), tuple(v.shape)) for k, v in found.items() if v is not None}
+        stored: Stored = {k: ((_DTYPES[v.dtype],), tuple(v.shape)) for k, v in found.items() if v is not None}
         if self.format == INT and not self.weights.symmetric and self.weights.strategy in ("group", "channel"):
             # The compressor packs these along the rows, but not where tensors are on meta.
             zero_point = torch.zeros(state["weight_zero_point"].shape, dtype=torch.int8)
