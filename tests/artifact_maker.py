@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
+from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor, NaiveQuantizationCompressor
 from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -75,6 +75,12 @@ _EXPERT_GROUPS = {
             "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": INT_GROUP,
             "dynamic": False,
         },
+        "input_activations": None,
+    },
+    "fp8": {
+        "targets": [EXPERT_TARGET],
+        "format": "naive-quantized",
+        "weights": {**_FP8, "strategy": "block", "block_structure": [32, 16], "dynamic": False},
         "input_activations": None,
     },
 }  # fmt: skip
@@ -165,6 +171,8 @@ def _quantized(spec: TensorSpec, source: Tensors, experts: str, pow2: bool) -> T
         return fp8(weight, pow2)
     if experts == "int4":
         return int4(weight)
+    if experts == "fp8":
+        return fp8_blocks(weight)
     partner = {"w1": "w3", "w3": "w1"}.get(spec.module[-2:], "w2")
     return nvfp4(weight, source[f"{spec.module[:-2]}{partner}.weight"], pow2)
 
@@ -213,6 +221,15 @@ def fp8(weight: Tensor, pow2: bool = False, factor: float = 1.0) -> Tensors:
         scale = torch.exp2(torch.ceil(torch.log2(largest.float() / 448))).to(scale.dtype)
     scheme = QuantizationScheme(targets=["Linear"], **FP8_BLOCK)
     return FloatQuantizationCompressor.compress({"weight": weight, "weight_scale": scale * factor}, scheme)
+
+
+def fp8_blocks(weight: Tensor, factor: float = 1.0) -> Tensors:
+    """FP8 weights alone, in blocks of 32x16."""
+    group = _EXPERT_GROUPS["fp8"]
+    largest = weight.unflatten(1, (-1, 16)).unflatten(0, (-1, 32)).abs().amax((1, 3))
+    scale, _ = calculate_qparams(-largest, largest, QuantizationArgs(**group["weights"]))
+    state = {"weight": weight, "weight_scale": scale * factor}
+    return NaiveQuantizationCompressor.compress(state, QuantizationScheme(**group))
 
 
 def int4(weight: Tensor, factor: float = 1.0) -> Tensors:

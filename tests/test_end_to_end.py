@@ -20,10 +20,11 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from artifact_maker import copy, edit
 from dsv4q.calibration.data import load_calibration, load_tokenizer
 from dsv4q.checkpoint.verify import verify
 from dsv4q.config import Config, parse_config
-from dsv4q.errors import CalibrationError, VerificationFailed
+from dsv4q.errors import CalibrationError
 from dsv4q.quantize import Job, data_spec, prepare
 from dsv4q.toy import ToyConfig, write_toy
 from runs import CONFIGS, finished_files, run, toy_job
@@ -400,11 +401,6 @@ def other(modifier: dict[str, Any], **more: Any) -> Config:
 
 
 FEW = {"calibration": {"dataset": "chat_samples.jsonl", "samples": 2, "max_length": 32, "micro_batch": 2}}
-FP8_CHANNEL = {
-    "targets": [EXPERTS],
-    "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
-    "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
-}
 INT8_GROUP = {"targets": [EXPERTS], "weights": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 128}}
 BOTH = {"NVFP4": [EXPERTS], "FP8_BLOCK": [ATTENTION]}
 OTHER = {
@@ -413,18 +409,10 @@ OTHER = {
     "preset NVFP4A16": (other({"scheme": {"NVFP4A16": [EXPERTS]}}), 120, 0.11),
     "preset FP8_BLOCK on experts": (other({"scheme": {"FP8_BLOCK": [EXPERTS]}}), 120, 0.03),
     "INT8 in groups of 128": (other({"config_groups": {"experts": INT8_GROUP}}), 120, 0.01),
-    "FP8 by channel": (other({"config_groups": {"experts": FP8_CHANNEL}}), 120, 0.03),
 }  # fmt: skip
 
 
-UNKNOWN_TO_THE_VERIFIER = pytest.mark.xfail(
-    raises=VerificationFailed, strict=True, reason="verify_config knows FP8 in 128x128 blocks only"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=UNKNOWN_TO_THE_VERIFIER if n == "FP8 by channel" else ()) for n in OTHER]
-)
+@pytest.mark.parametrize("name", OTHER)
 def test_another_scheme_runs_and_verifies(name: str, base: Path, tmp_path: Path) -> None:
     config, linears, worst = OTHER[name]
     job = Job(base / "source", tmp_path / "out", config, device="cpu")
@@ -433,6 +421,78 @@ def test_another_scheme_runs_and_verifies(name: str, base: Path, tmp_path: Path)
     assert [d.text() for d in result.differences] == []
     assert sum(found["tensors"] for found in report["errors"].values()) == linears
     assert all(found["worst"] < worst for found in report["errors"].values())
+
+
+FP8_WEIGHT_ONLY = {"targets": [EXPERTS], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+GENERAL = {
+    "FP8_DYNAMIC": (other({"scheme": {"FP8_DYNAMIC": [EXPERTS]}}), "float-quantized", 0.03),
+    "FP8": (other({"scheme": {"FP8": [EXPERTS]}}, **FEW), "float-quantized", 0.03),
+    "FP8 weights only": (other({"config_groups": {"experts": FP8_WEIGHT_ONLY}}), "naive-quantized", 0.03),
+    "W8A8": (other({"scheme": {"W8A8": [EXPERTS]}}), "int-quantized", 0.01),
+    "MXFP4A16": (other({"scheme": {"MXFP4A16": [EXPERTS]}}), "mxfp4-pack-quantized", 0.12),
+    "W3A16": (other({"scheme": {"W3A16": [EXPERTS]}}), "pack-quantized", 0.25),
+    "W4A16_ASYM": (other({"scheme": {"W4A16_ASYM": [EXPERTS]}}), "pack-quantized", 0.12),
+}
+"""Schemes that only compressed-tensors knows -> config, format, worst relative error."""
+
+
+@pytest.fixture(scope="module")
+def general(base: Path) -> dict[str, Job]:
+    jobs = {name: Job(base / "source", base / name, config, device="cpu") for name, (config, _, _) in GENERAL.items()}
+    for job in jobs.values():
+        run(job)
+    return jobs
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_a_scheme_that_only_compressed_tensors_knows_verifies(name: str, general: dict[str, Job]) -> None:
+    _, form, worst = GENERAL[name]
+    job = general[name]
+    result = verify(job.out, source=job.source, deep=True, progress=None)
+    assert [d.text() for d in result.differences] == []
+    assert config_json(job.out)["quantization_config"]["format"] == form
+    assert result.checks["encoding"] == result.checks["error"] == result.errors["routed expert"]["tensors"] == 120
+    assert 0 < result.errors["routed expert"]["max_relative_error"] < worst
+
+
+EXPERT = "layers.3.ffn.experts.5.w1"
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [*((name, "weight_scale") for name in GENERAL), ("W4A16_ASYM", "weight_zero_point")]
+)
+def test_a_damaged_byte_of_a_scale_is_found(name: str, suffix: str, general: dict[str, Job], tmp_path: Path) -> None:
+    job, artifact = general[name], copy(general[name].out, tmp_path / "a")
+    damaged = tensors(artifact)[f"{EXPERT}.{suffix}"]
+    damaged.flatten().view(torch.uint8)[0] ^= 0x40 if damaged.dtype == torch.bfloat16 else 1
+    edit(artifact, {f"{EXPERT}.{suffix}": damaged})
+    result = verify(artifact, source=job.source, deep=True, progress=None)
+    assert {(d.check, str(d.tensor).rpartition(".")[0]) for d in result.differences} == {("encoding", EXPERT)}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_swapped_experts_of_any_scheme_are_found(name: str, general: dict[str, Job], tmp_path: Path) -> None:
+    job, artifact, other_one = general[name], copy(general[name].out, tmp_path / "a"), "layers.3.ffn.experts.6.w1"
+    stored = tensors(artifact)
+    suffixes = [found.removeprefix(EXPERT) for found in stored if found.startswith(f"{EXPERT}.")]
+    swapped = {f"{a}{s}": stored[f"{b}{s}"] for a, b in ((EXPERT, other_one), (other_one, EXPERT)) for s in suffixes}
+    edit(artifact, swapped)
+    result = verify(artifact, source=job.source, deep=True, progress=None)
+    assert {(d.check, str(d.tensor).rpartition(".")[0]) for d in result.differences} >= {
+        ("encoding", EXPERT),
+        ("encoding", other_one),
+    }
+    assert result.errors["routed expert"]["max_relative_error"] > 1
+
+
+def test_an_impossible_scale_of_another_scheme_is_named(general: dict[str, Job], tmp_path: Path) -> None:
+    artifact = copy(general["MXFP4A16"].out, tmp_path / "a")
+    scale = tensors(artifact)[f"{EXPERT}.weight_scale"]
+    scale[2, 1] = 0xFF
+    edit(artifact, {f"{EXPERT}.weight_scale": scale})
+    (difference,) = verify(artifact, source=None, deep=True, progress=None).differences
+    assert (difference.check, difference.tensor) == ("scales", f"{EXPERT}.weight_scale")
+    assert "1 of" in difference.found and "NaN, the first at [2, 1]" in difference.found
 
 
 def test_an_expert_without_tokens_and_without_fallback_is_an_error(base: Path, tmp_path: Path) -> None:

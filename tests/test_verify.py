@@ -40,6 +40,7 @@ def made(tensors: maker.Tensors, tmp_path_factory: pytest.TempPathFactory) -> di
     return {
         "nvfp4": maker.write_artifact(root / "nvfp4", tensors),
         "int4": maker.write_artifact(root / "int4", tensors, experts="int4"),
+        "fp8": maker.write_artifact(root / "fp8", tensors, experts="fp8"),
         "pow2": maker.write_artifact(root / "pow2", tensors, pow2=True),
         "without head copies": maker.write_artifact(root / "bare", tensors, copies=False),
         "without mtp": maker.write_artifact(root / "main", tensors, mtp=False),
@@ -63,7 +64,7 @@ def only(result: VerifyResult) -> Difference:
 # ------------------------------------------------------------------------------------------------ healthy
 
 
-@pytest.mark.parametrize("kind", ["nvfp4", "int4", "pow2", "without head copies", "without mtp"])
+@pytest.mark.parametrize("kind", ["nvfp4", "int4", "fp8", "pow2", "without head copies", "without mtp"])
 def test_a_healthy_artifact_passes_deep_and_source(made: dict[str, Path], source: Path, kind: str) -> None:
     result = judged(made[kind], source, deep=True)
     assert result.ok, [difference.text() for difference in result.differences]
@@ -555,6 +556,55 @@ def test_groups_that_are_none_are_told_without_a_traceback(artifact: Path, value
     assert "config" in {d.check for d in judged(artifact).differences}
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_set(*EXPERTS, "weights", "strategy", value="token"), "experts: a scheme that compressed-tensors knows"),
+        (_set(*EXPERTS, "weights", "num_bits", value=5), "experts: a scheme that compressed-tensors knows"),
+        (_set(*EXPERTS, "weights", value={"group_size": 24}), "linears that experts can store"),
+        (_set(*EXPERTS, "weights", "dynamic", value=True), "experts.weights.dynamic: False"),
+        (_set(*EXPERTS, "format", value="dense"), "experts.format: one of"),
+        (_set(*EXPERTS, "input_activations", value={"num_bits": "many"}), "experts: a scheme that compressed-tensors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_scheme_that_compressed_tensors_refuses_is_named(
+    made: dict[str, Path], tmp_path: Path, change: Callable[[dict[str, Any]], None], told: str
+) -> None:
+    artifact = maker.copy(made["fp8"], tmp_path / "a")
+    edit_config(artifact, change)
+    assert any(told in d.expected and d.file == "config.json" for d in judged(artifact).differences)
+
+
+def test_a_scheme_other_than_that_of_the_tensors_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+    artifact = maker.copy(made["fp8"], tmp_path / "a")
+    edit_config(artifact, _set(*EXPERTS, "weights", "block_structure", value=[16, 16]))
+    differences = judged(artifact).differences
+    assert {d.tensor for d in differences} == {n for n in read(artifact) if ".experts." in n and n.endswith("_scale")}
+    assert {d.expected for d in differences} == {"BF16 [2, 4]", "BF16 [4, 2]"}
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_a_nan_among_the_values_of_any_scheme_is_named(made: dict[str, Path], tmp_path: Path, byte: int) -> None:
+    artifact, name = maker.copy(made["fp8"], tmp_path / "a"), f"{EXPERT}.w1.weight"
+    weight = read(artifact)[name]
+    weight.view(torch.uint8)[3, 4] = byte
+    edit(artifact, {name: weight})
+    difference = only(judged(artifact, deep=True))
+    assert (difference.check, difference.tensor) == ("values", name)
+    assert "1 of" in difference.found and "[3, 4]" in difference.found
+
+
+def test_another_source_gives_other_values_in_any_scheme(
+    made: dict[str, Path], source: Path, tensors: maker.Tensors, tmp_path: Path
+) -> None:
+    artifact = maker.copy(made["fp8"], tmp_path / "a")
+    edit(artifact, {f"{EXPERT}.w1.{s}": t for s, t in maker.fp8_blocks(tensors[f"{EXPERT}.w3.weight"]).items()})
+    result = judged(artifact, source)
+    assert (only(result).check, only(result).tensor) == ("encoding", f"{EXPERT}.w1.weight")
+    assert result.errors["routed expert"]["max_relative_error"] > 1
+
+
 def test_a_missing_quantization_config_is_told(artifact: Path) -> None:
     edit_json(artifact, "config.json", _delete("quantization_config"))
     assert judged(artifact).differences[0].expected == "quantization_config: an object"
@@ -1006,7 +1056,7 @@ def test_a_tensor_of_many_pieces_is_compared_piece_by_piece(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["nvfp4", "int4", "pow2"])
+@pytest.mark.parametrize("kind", ["nvfp4", "int4", "fp8", "pow2"])
 def test_a_gpu_finds_what_the_cpu_finds(made: dict[str, Path], source: Path, kind: str) -> None:
     there = verify(made[kind], source=source, deep=True, progress=None, device="cuda")
     here = judged(made[kind], source, deep=True)

@@ -372,9 +372,14 @@ class _Simulation:
             self.schemes[spec.module] = scheme
 
     def _fits(self, scheme: Scheme, spec: TensorSpec) -> bool:
-        """Whether a linear of this shape can be stored; closed forms take any."""
+        """Whether a linear of this shape can be stored."""
         if not scheme.is_general:
-            return True
+            columns = scheme.columns
+            ragged = isinstance(columns, int) and columns > 0 and spec.shape[1] % columns != 0
+            if ragged:
+                expected = f"linears that {scheme.group} can store"
+                self._note(expected, f"{spec.shape[1]} columns in groups of {columns}", spec.module)
+            return not ragged
         from dsv4q.checkpoint.verify_library import Refused
 
         try:

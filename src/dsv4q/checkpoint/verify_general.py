@@ -16,7 +16,7 @@ from dsv4q.checkpoint.layout import TensorSpec
 from dsv4q.checkpoint.verify_bounds import Blocks, far_elements
 from dsv4q.checkpoint.verify_case import Case, place
 from dsv4q.checkpoint.verify_config import INT
-from dsv4q.checkpoint.verify_library import LibraryScheme
+from dsv4q.checkpoint.verify_library import LibraryScheme, Refused
 from dsv4q.checkpoint.verify_result import ErrorStats, TensorError
 from dsv4q.checkpoint.verify_weights import Linear, tensor_error
 
@@ -73,6 +73,13 @@ class GeneralLinear(Linear):
 
     def _against_source(self, weight: Tensor) -> None:
         self.case.log.looked_at("encoding")
+        try:
+            self._decoded_and_encoded(weight)
+        except Refused as error:
+            name = self.names["weight_scale"]
+            self.case.differs("encoding", name, "tensors that compressed-tensors can decode and encode", str(error))
+
+    def _decoded_and_encoded(self, weight: Tensor) -> None:
         decoded = self.library.decode(self.stored)
         full = weight.to(torch.float32)
         unit = decoded["weight_scale"].to(torch.float32).flatten()
@@ -106,7 +113,7 @@ class GeneralLinear(Linear):
         for suffix, tensor in self.stored.items():
             if not suffix.startswith("weight"):
                 continue
-            again, stored = (one.contiguous().view(torch.uint8) for one in (encoded[suffix].to(tensor.device), tensor))
+            again, stored = (_bytes(one) for one in (encoded[suffix].to(tensor.device), tensor))
             if not torch.equal(again, stored):
                 found[suffix] = (again != stored, again, stored)
         return found
@@ -126,3 +133,8 @@ class GeneralLinear(Linear):
         name = self.names["weight_packed" if "weight_packed" in self.names else "weight"]
         expected = f"a relative error of at most {_MOST:g}, that of a weight of zeros"
         self.case.differs("error", name, expected, f"{error.relative:.4g}")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """U8 of the same rank; flat in between, because a last dimension of one may have any stride."""
+    return tensor.contiguous().flatten().view(torch.uint8).reshape(*tensor.shape[:-1], -1)

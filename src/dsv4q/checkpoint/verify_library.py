@@ -18,6 +18,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationScheme, initialize_module_for_quantization
 from compressed_tensors.utils import get_direct_state_dict
+from loguru import logger
 from torch import Tensor
 
 from dsv4q.checkpoint.layout import Shape
@@ -29,7 +30,9 @@ _DTYPES = {
     torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
 _REFUSALS = (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AssertionError, IndexError)
-"""What compressed-tensors raises where it cannot do something; pydantic's ValidationError is a ValueError."""
+"""What compressed-tensors raises of a scheme or shape that it cannot do; pydantic's ValidationError is a ValueError."""
+_FAILURES = (ValueError, KeyError, NotImplementedError, TypeError, AssertionError, IndexError)
+"""The same of values; a RuntimeError may be want of memory."""
 
 
 class Refused(Exception):
@@ -64,13 +67,17 @@ class LibraryScheme(Scheme):
             Refused: nothing; the shape does not fit, or no compressor has this scheme.
         """
         if shape not in self.known:
+            logger.disable("compressed_tensors")  # it warns of ragged blocks, which are as they must be or told
             try:
                 self.known[shape] = self._ask(shape)
             except _REFUSALS as error:
                 raise Refused(_line(error)) from error
+            finally:
+                logger.enable("compressed_tensors")
         return self.known[shape]
 
     def _ask(self, shape: Shape) -> Stored:
+        self._check_unseen(shape)
         linear = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=torch.bfloat16)
         initialize_module_for_quantization(linear, self.library)
         state = get_direct_state_dict(linear)
@@ -83,21 +90,38 @@ class LibraryScheme(Scheme):
             stored["weight_zero_point"] = (("I32",), tuple(packed.shape))
         return stored
 
+    def _check_unseen(self, shape: Shape) -> None:
+        """What the compressor refuses of real tensors, but not of meta ones."""
+        size = self.weights.group_size
+        if size is not None and size > 0 and shape[1] % size:
+            raise ValueError(f"{shape[1]} columns are no multiple of the group size {size}")
+        if self.format == INT and self.weights.num_bits > 8:
+            raise ValueError(f"integers of {self.weights.num_bits} bits are not packed; 8 at most")
+
     def decode(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Everything as its compressor takes it: `weight` F32 [out, in], scales and zero points unpacked.
 
         Scales are raised to F32 first, so that the weight is not rounded to BF16 on the way.
+
+        Raises:
+            Refused: the compressor cannot.
         """
         state = dict(stored)
         if state["weight_scale"].is_floating_point():
             state["weight_scale"] = state["weight_scale"].to(torch.float32)
-        decoded: dict[str, Tensor] = self._compressor.decompress(state, self.library)
+        try:
+            decoded: dict[str, Tensor] = self._compressor.decompress(state, self.library)
+        except _FAILURES as error:
+            raise Refused(_line(error)) from error
         return decoded | {"weight": decoded["weight"].to(torch.float32)}
 
     def encode(self, weight: Tensor, decoded: Mapping[str, Tensor], *, keep_negative_zero: bool) -> dict[str, Tensor]:
         """What the compressor stores of `weight` [out, in] with the scales and zero points of `decoded`.
 
         While a model is calibrated it adds a zero point of 0 even to symmetric weights, which turns -0 into +0.
+
+        Raises:
+            Refused: the compressor cannot.
         """
         state = {**decoded, "weight": weight}
         if decoded["weight_scale"].dtype == torch.float32:
@@ -105,7 +129,10 @@ class LibraryScheme(Scheme):
             state["weight_scale"] = decoded["weight_scale"].to(torch.bfloat16)
         if self.weights.symmetric and not keep_negative_zero:
             state["weight_zero_point"] = torch.zeros_like(state["weight_scale"], dtype=self.weights.zp_dtype)
-        encoded: dict[str, Tensor] = self._compressor.compress(state, self.library)
+        try:
+            encoded: dict[str, Tensor] = self._compressor.compress(state, self.library)
+        except _FAILURES as error:
+            raise Refused(_line(error)) from error
         return encoded
 
     @property
