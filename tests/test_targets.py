@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ from compressed_tensors.utils.match import is_match, match_named_modules
 
 from dsv4q.calibration.model import build_meta_model
 from dsv4q.checkpoint.layout import TensorSpec, source_tensors
+from dsv4q.checkpoint.plan import make_plan
 from dsv4q.checkpoint.schemes import Scheme
+from dsv4q.checkpoint.source import scan
 from dsv4q.checkpoint.targets import Selection, published_config, select
-from dsv4q.config import load_config
+from dsv4q.config import load_config, parse_config
 from dsv4q.toy import ToyConfig
 from runs import CONFIGS
 
@@ -305,3 +309,23 @@ def test_no_field_is_published_that_compressed_tensors_0_17_does_not_know() -> N
     for scheme in published["config_groups"].values():
         assert set(scheme) == {"targets", "weights", "input_activations", "output_activations", "format"}
         assert set(scheme["weights"]) == FIELDS == set(scheme["input_activations"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("attention", {"weights": {"block_structure": [64, 64], "observer": None}}, "128x128"),
+        ("experts", {"input_activations": {"dynamic": False}}, "dynamic: local"),
+    ],
+)
+def test_a_form_that_the_consumer_cannot_read_is_a_problem_of_the_plan(
+    tmp_path: Path, name: str, change: dict[str, dict[str, object]], expected: str
+) -> None:
+    raw = load_config(CONFIGS / "toy.yaml").model_dump(mode="json")
+    groups = raw["recipe"]["quant_stage"]["quant_modifiers"]["QuantizationModifier"]["config_groups"]
+    for operand, fields in change.items():
+        groups[name][operand].update(fields)
+    (tmp_path / "config.json").write_text(json.dumps(ToyConfig().as_config_json()))
+    with scan(tmp_path) as checkpoint:
+        problems = make_plan(checkpoint, parse_config(raw)).problems
+    assert [p for p in problems if "consumer cannot read" in p.what and expected in (p.expected or "")]

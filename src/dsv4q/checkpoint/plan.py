@@ -19,11 +19,11 @@ from typing import Any
 from dsv4q.checkpoint.compare import compare_with_layout, draft_kind
 from dsv4q.checkpoint.layout import DTYPE_BYTES, HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
 from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of
-from dsv4q.checkpoint.schemes import Scheme, stored_tensors
+from dsv4q.checkpoint.schemes import FLOAT, NVFP4, Scheme, stored_tensors
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.targets import published_config, select
 from dsv4q.config import Config
-from dsv4q.errors import ConfigError, Dsv4qError, SourceError
+from dsv4q.errors import ConfigError, Dsv4qError, RecipeError, SourceError
 
 RUNTIME_BYTES = 1_500_000_000
 """Python, torch, llmcompressor and the meta-device model; measured, see docs/log.md."""
@@ -269,6 +269,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         problems += compare_with_layout(checkpoint, dims)
     selection = select(config.groups, config.ignore, specs)
     problems += selection.problems
+    problems += _unread_by_the_consumer(config)
     if config.mtp.keep and not dims.mtp_layers:
         problems.append(
             ConfigError(
@@ -298,6 +299,28 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         free_disk=free_disk,
         problems=tuple(problems),
     )
+
+
+def _unread_by_the_consumer(config: Config) -> Iterator[RecipeError]:
+    """Schemes that compressed-tensors stores but vLLM reads as something else, or not at all."""
+    for name, scheme in config.groups.items():
+        weights, inputs = scheme.weights, scheme.input_activations
+        if scheme.compression_format == NVFP4:
+            fits = (weights.strategy, weights.group_size, weights.symmetric) == ("tensor_group", 16, True)
+            fits = fits and (inputs is None or (inputs.strategy, inputs.dynamic) == ("tensor_group", "local"))
+            expected = "symmetric tensor_group of 16; inputs none, or tensor_group with dynamic: local"
+        elif scheme.compression_format == FLOAT and weights.strategy == "block":
+            fits, expected = weights.block_structure == (128, 128), "blocks of 128x128"
+        else:
+            continue
+        if not fits:
+            yield RecipeError(
+                "The consumer cannot read this form of the scheme",
+                where=f"recipe: config_groups.{name}",
+                expected=f"{scheme.compression_format} with {expected}",
+                found=f"weights {weights.strategy} {weights.block_structure or weights.group_size}"
+                + ("" if inputs is None else f", inputs {inputs.strategy}, dynamic: {inputs.dynamic}"),
+            )
 
 
 def _artifact_tensors(
