@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -286,6 +288,24 @@ def test_every_quantized_tensor_is_exact_bit_for_bit(release: tuple[Path, Path, 
         "routed expert": (12, 12),
         "attention projection": (10, 10),
     }
+
+
+def test_compressed_tensors_own_decompressor_returns_the_source(release: tuple[Path, Path, dict[str, Any]]) -> None:
+    source, out, _ = release
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    schemes = {group["format"]: QuantizationScheme.model_validate(group) for group in groups}
+    stored: dict[str, dict[str, torch.Tensor]] = {}
+    for path in out.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            stored.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = tensor
+    with open_source(source) as checkpoint:
+        quantized = [spec for spec in source_tensors(TINY.dims) if spec.is_quantizable]
+        for spec in quantized:
+            form = "nvfp4-pack-quantized" if spec.role == Role.ROUTED_EXPERT else "float-quantized"
+            compressor = BaseCompressor.get_value_from_registry(form)
+            weight = compressor.decompress(stored[spec.module], schemes[form])["weight"].to(torch.bfloat16)
+            assert torch.equal(weight.view(torch.int16), checkpoint.tensor(spec.name).view(torch.int16)), spec.name
+    assert len(quantized) == 22
 
 
 def test_verify_accepts_the_native_source(release: tuple[Path, Path, dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_stock_gives_both_halves_of_an_expert_the_same_global_scales(stock_run: 
 @pytest.mark.parametrize("config_name", ["nvfp4-fp8-mtp-minmax", "w4a16-fp8-mtp"])
 def test_the_streaming_artifact_is_what_stock_writes_bit_for_bit(tmp_path: Path, config_name: str) -> None:
     job = toy_job(tmp_path, config_name)
+    quantize(job, Console(Mode.QUIET))
+    stock = run_stock(job.source, tmp_path / "stock", calibration_batches(job), yaml.safe_dump(job.config.recipe))
+    assert_same_tensors(stock, job.out)
+
+
+def test_stock_with_our_observers_finds_the_scales_that_the_batched_pipeline_finds(tmp_path: Path) -> None:
+    job = toy_job(tmp_path, "nvfp4-fp8-mtp")
+    recipe = load_config(CONFIGS / "nvfp4-fp8-mtp.yaml").recipe
+    job = replace(job, config=parse_config({**job.config.model_dump(mode="json"), "recipe": recipe}))
+    assert job.config.groups["experts"].weights.observer == "exact_nvfp4"
     quantize(job, Console(Mode.QUIET))
     stock = run_stock(job.source, tmp_path / "stock", calibration_batches(job), yaml.safe_dump(job.config.recipe))
     assert_same_tensors(stock, job.out)
