@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from dsv4q import __version__
 from dsv4q.console import Console, Mode, human_bytes, human_seconds
 from dsv4q.errors import DiskError, Dsv4qError, Interrupted, UsageError
+from dsv4q.interrupt import stoppable
 
 
 class _Commands(TyperGroup):
@@ -238,11 +239,13 @@ def verify_shards(
     from dsv4q.show import show_verification
 
     console = _console(as_json, quiet)
-    with console.progress("verifying", _folder_bytes(artifact) if deep or source else 0) as bar:
+    total_bytes = _folder_bytes(artifact) if deep or source else 0
+    with stoppable() as check_stop, console.progress("verifying", total_bytes) as bar:
         done = 0
 
         def progress(label: str, now: int, total: int) -> None:
             nonlocal done
+            check_stop()
             bar.total = total
             bar.describe(label)
             bar.advance(now - done)

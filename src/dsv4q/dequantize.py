@@ -36,6 +36,7 @@ from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
 from dsv4q.console import Console
 from dsv4q.errors import Dsv4qError, SourceError
+from dsv4q.interrupt import stoppable
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def _run_blocks(job: Job, plan: ShardPlan, source: Checkpoint, journal: Journal,
     writer.finish_blocks(journal.done)
     try:
         with (
+            stoppable() as check_stop,
             BackgroundWriter(writer) as behind,
             loaded_ahead(todo, lambda tensor: source.read(tensor.name), lambda tensor: tensor.nbytes) as ready,
             console.progress("dequantizing", plan.artifact_bytes) as progress,
@@ -104,6 +106,7 @@ def _run_blocks(job: Job, plan: ShardPlan, source: Checkpoint, journal: Journal,
             for block, members in groupby(ready, key=lambda pair: pair[0].block):
                 progress.describe(block)
                 for tensor, data in members:
+                    check_stop()
                     behind.put(tensor.name, data)
                     progress.advance(tensor.nbytes)
                 behind.finish(block, _line(journal, block))

@@ -25,6 +25,7 @@ from dsv4q.config import Config
 from dsv4q.console import Console
 from dsv4q.device import usable_device
 from dsv4q.errors import DataError, DeviceError, Dsv4qError
+from dsv4q.interrupt import stoppable
 from dsv4q.report import build_report
 
 if TYPE_CHECKING:
@@ -119,7 +120,11 @@ def _run_blocks(
     writer.finish_blocks(journal.done)
     total = sum(s.nbytes for s in plan.source_specs if plan.block_tensors(s.block))
     try:
-        with BackgroundWriter(writer) as behind, console.progress("quantizing", total) as progress:
+        with (
+            stoppable() as check_stop,
+            BackgroundWriter(writer) as behind,
+            console.progress("quantizing", total) as progress,
+        ):
             progress.skip(sum(s.nbytes for s in plan.source_specs if s.block in journal.done))
 
             def advance(block: str, nbytes: int) -> None:
@@ -131,7 +136,7 @@ def _run_blocks(
             run_oneshot(
                 plan,
                 journal.folder,
-                lambda model: BlockStream(model, plan, source, behind, journal, data, device, advance),
+                lambda model: BlockStream(model, plan, source, behind, journal, data, device, advance, check_stop),
             )
     finally:
         writer.close()

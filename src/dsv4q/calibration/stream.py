@@ -80,6 +80,8 @@ class BlockStream:
     device: torch.device
     advance: Callable[[str, int], None]
     """Called with the block's name and the number of source bytes done with."""
+    check_stop: Callable[[], None]
+    """Called where the run may be stopped; raises KeyboardInterrupt if it shall be."""
     streams: list[torch.Tensor] = field(default_factory=list)
     """Per micro-batch, BF16 [B, S, C, D] on the host: the input of the next block."""
 
@@ -133,6 +135,7 @@ class BlockStream:
         kept = {t.spec.name for t in tensors if not t.encoded}
         forward = self._is_forward(block)
         for spec in specs:
+            self.check_stop()
             with watch.stage("read"):
                 next_spec, tensor = next(loaded)
                 assert next_spec is spec, f"{spec.name} is wanted, {next_spec.name} comes"
@@ -205,6 +208,7 @@ class BlockStream:
         hook = self.model.model.layers[index].mlp.gate.register_forward_hook(count)
         try:
             for number, ids in enumerate(self._batches()):
+                self.check_stop()
                 ids = ids.to(self.device)
                 inputs = self._inputs(ids)
                 out = run_block(self.model, index, self.streams[number].to(self.device), ids, inputs)
@@ -228,6 +232,7 @@ class BlockStream:
         errors: dict[str, Errors] = defaultdict(Errors)
         scales: dict[str, list[float]] = defaultdict(list)
         for batch in modules.batches():
+            self.check_stop()
             with watch.stage("encode"):
                 stored = batch.encode()
                 batch.check_scales(stored)

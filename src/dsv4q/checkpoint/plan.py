@@ -269,7 +269,6 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         problems += compare_with_layout(checkpoint, dims)
     selection = select(config.groups, config.ignore, specs)
     problems += selection.problems
-    problems += _unread_by_the_consumer(config)
     if config.mtp.keep and not dims.mtp_layers:
         problems.append(
             ConfigError(
@@ -282,6 +281,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         )
     tensors, misfits = _artifact_tensors(specs, config, dict(selection.group_of))
     problems += misfits
+    problems += _unread_by_the_consumer(config)
     shards = balanced_shards(tensors, config.output.shards)
     estimate = _estimate(specs, shards, config, dims)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
