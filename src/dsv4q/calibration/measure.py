@@ -31,7 +31,7 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def decoded(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """F32 [out, in] that the stored tensors of a linear stand for."""
+    """F32 [T, out, in] that the stored tensors of T linears under the scheme of `module` stand for."""
     scheme = scheme_of(module)
     form, weights = str(getattr(scheme.format, "value", scheme.format)), scheme.weights
     if form == NVFP4:
@@ -40,7 +40,9 @@ def decoded(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.Te
         return fp8_block_decode(state["weight"], state["weight_scale"])
     if form == PACKED_INT and weights.symmetric and weights.group_size and weights.num_bits in (4, 8):
         return int_group_decode(state["weight_packed"], state["weight_scale"], weights.num_bits, weights.group_size)
-    return decode_state(module, state).to(torch.float32)
+    count = next(iter(state.values())).shape[0]
+    alone = ({name: value[index] for name, value in state.items()} for index in range(count))
+    return torch.stack([decode_state(module, one).to(torch.float32) for one in alone])
 
 
 def add_errors(errors: Errors, names: Sequence[str], weights: torch.Tensor, stored: torch.Tensor) -> None:

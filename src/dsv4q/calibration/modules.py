@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, fp8_block_encode, nvfp4_decode, nvfp4_encode
+from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, fp8_block_encode, nvfp4_encode
 from dsv4q.calibration.measure import add_errors, decoded
 from dsv4q.calibration.observers import ExactFp8BlockObserver, ExactNvfp4Observer, settle_nvfp4
 from dsv4q.calibration.upstream import encode_module, scheme_of
@@ -98,11 +98,7 @@ class Batch:
 
     def measure(self, stored: State, errors: Errors) -> None:
         """Add the error of every member, decoded from its stored tensors, to `errors`."""
-        first = self.members[0]
-        if first.is_nvfp4:
-            values = nvfp4_decode(stored["weight_packed"], stored["weight_scale"], stored["weight_global_scale"])
-        else:
-            values = decoded(first.module, {name: value[0] for name, value in stored.items()})[None]
+        values = decoded(self.members[0].module, stored)
         add_errors(errors, [m.spec.name for m in self.members], self._stack("weight"), values)
 
     def check_scales(self, stored: State) -> None:
@@ -165,11 +161,20 @@ class BlockModules:
 
     def input_amax(self) -> dict[str, float]:
         """Largest magnitude that each projection's settled `input_global_scale` represents, over all experts."""
-        scales: dict[str, list[torch.Tensor]] = defaultdict(list)
+        return {
+            projection: E4M3_MAX
+            * E2M1_MAX
+            / float(torch.cat([_parameter(m, "input_global_scale") for m in found]).min())
+            for projection, found in self._with_input_scale().items()
+        }
+
+    def _with_input_scale(self) -> dict[str, list[Member]]:
+        """Projection -> its members that store an `input_global_scale`."""
+        found: dict[str, list[Member]] = defaultdict(list)
         for member in self.members:
             if member.module._parameters.get("input_global_scale") is not None:
-                scales[member.projection].append(_parameter(member, "input_global_scale"))
-        return {name: E4M3_MAX * E2M1_MAX / float(torch.cat(found).min()) for name, found in scales.items()}
+                found[member.projection].append(member)
+        return found
 
     def prepare(self) -> None:
         """Give the quantization parameters memory: NaN until the observers fill them, so that no gap passes."""
@@ -220,9 +225,9 @@ class BlockModules:
 
     def bound_input_scales(self, bounds: Mapping[str, float]) -> None:
         """Set `input_global_scale` from the largest magnitude that each projection's input can have."""
-        for member in self.members:
-            if member.module._parameters.get("input_global_scale") is not None:
-                _parameter(member, "input_global_scale").fill_(E4M3_MAX * E2M1_MAX / bounds[member.projection])
+        for projection, members in self._with_input_scale().items():
+            for member in members:
+                _parameter(member, "input_global_scale").fill_(E4M3_MAX * E2M1_MAX / bounds[projection])
 
     def settle_input_scales(self, activations: Activations) -> list[int]:
         """Apply fallback and headroom to observed `input_global_scale`; returns the experts that saw no token.
@@ -233,11 +238,7 @@ class BlockModules:
             CalibrationError: no token reached any expert.
         """
         unseen: set[int] = set()
-        by_projection: dict[str, list[Member]] = defaultdict(list)
-        for member in self.members:
-            if member.module._parameters.get("input_global_scale") is not None:
-                by_projection[member.projection].append(member)
-        for projection, members in by_projection.items():
+        for projection, members in self._with_input_scale().items():
             scales = torch.stack([_parameter(m, "input_global_scale") for m in members])
             seen = torch.isfinite(scales).all(dim=1)
             if not bool(seen.any()):

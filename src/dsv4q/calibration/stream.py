@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from dsv4q.calibration.data import CalibrationData
 from dsv4q.calibration.measure import Stopwatch, on_host, tensor_bytes
 from dsv4q.calibration.model import (
-    BlockInputs,
     DeepseekV4ForCausalLMWithMTP,
     block_inputs,
     embed,
@@ -210,7 +209,7 @@ class BlockStream:
             for number, ids in enumerate(self._batches()):
                 self.check_stop()
                 ids = ids.to(self.device)
-                inputs = self._inputs(ids)
+                inputs = block_inputs(self.model, ids)
                 out = run_block(self.model, index, self.streams[number].to(self.device), ids, inputs)
                 if not bool(torch.isfinite(out).all()):
                     raise CalibrationError(
@@ -224,9 +223,6 @@ class BlockStream:
         finally:
             hook.remove()
         return [int(n) for n in counts]
-
-    def _inputs(self, ids: torch.Tensor) -> BlockInputs:
-        return block_inputs(self.model, ids)
 
     def _encode(self, modules: BlockModules, watch: Stopwatch) -> dict[str, Any]:
         errors: dict[str, Errors] = defaultdict(Errors)

@@ -45,6 +45,7 @@ def already_there(out: Path, identity: dict[str, Any], *, resume: bool) -> dict[
 
     Raises:
         OutputError: a finished artifact of another source, config, data or version; `resume` is false.
+        VerificationFailed: it has been damaged since.
     """
     report = finished_report(out)
     if report is None:
@@ -74,6 +75,7 @@ def already_there(out: Path, identity: dict[str, Any], *, resume: bool) -> dict[
         )
     # The index is the last file of all, so a crash after it can only have left the work folder behind.
     Journal.remove_leftovers(out)
+    require_verified(out)
     return report
 
 
