@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-SYSCALLS = ("pwrite", "fsync", "replace", "write", "truncate", "unlink", "rmdir", "mkdir")
+SYSCALLS = ("pwritev", "fsync", "replace", "write", "truncate", "unlink", "rmdir", "mkdir")
 """Every way in which a run changes the disk, syncs included."""
 
 

@@ -449,16 +449,16 @@ def test_a_disk_that_is_too_small_is_refused(source: Path, out: Path, monkeypatc
 def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_later(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, left = os.pwrite, [300]
+    real, left = os.pwritev, [60]
 
-    def pwrite(handle: int, data: Any, offset: int) -> int:
+    def pwritev(handle: int, data: Any, offset: int) -> int:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(28, "No space left on device")
         return real(handle, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", pwrite)
+        patch.setattr(os, "pwritev", pwritev)
         code, error = quantize(source, out)
     check_refusal(code, error, ("No space left on device", "model-0000"))
     assert not (out / INDEX).exists() and blocks_done(out) >= 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4q.calibration import oneshot  # noqa: F401 - imported before any fork, so that no child pays for it
+from dsv4q.calibration import oneshot, streams  # noqa: F401 - imported before any fork, so that no child pays for it
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.config import load_config
 from dsv4q.errors import Dsv4qError, OutputError, ResumeError
@@ -16,6 +16,9 @@ from dsv4q.quantize import Job
 from killing import changes_of
 from killing import killed as killed_run
 from runs import CONFIGS, finished_files, run, toy_job
+
+KILLED_AFTER = 150
+"""Changes of the disk after which a run has finished some blocks and lacks others."""
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +72,22 @@ def test_a_run_killed_this_few_writes_before_its_end_is_finished_by_the_same_com
 
 
 def test_a_run_killed_again_and_again_gets_there_with_the_same_bytes(
-    source: Path, whole: dict[str, str], tmp_path: Path
+    source: Path, uninterrupted: tuple[dict[str, str], int], tmp_path: Path
 ) -> None:
+    expected, changes = uninterrupted
     job = replace(toy_job(source.parent, make=False), out=tmp_path / "out")
     kills = 0
-    while run_and_kill(job, 190):
+    while run_and_kill(job, changes // 4):
         kills += 1
     assert kills >= 4
-    assert digests(job.out) == whole
+    assert digests(job.out) == expected
 
 
-def test_a_finished_block_is_not_done_again(source: Path, tmp_path: Path) -> None:
+def test_a_finished_block_is_not_done_again(
+    source: Path, uninterrupted: tuple[dict[str, str], int], tmp_path: Path
+) -> None:
     job = replace(toy_job(source.parent, make=False), out=tmp_path / "out")
-    assert run_and_kill(job, 500)
+    assert run_and_kill(job, int(0.6 * uninterrupted[1]))
     before = dict(_journal(job.out))
     assert len(before) >= 3
     report = run(job)
@@ -99,7 +105,7 @@ def _journal(out: Path) -> dict[str, dict[str, object]]:
 
 def killed(source: Path, out: Path) -> Job:
     job = replace(toy_job(source.parent, make=False), out=out)
-    assert run_and_kill(job, 500)
+    assert run_and_kill(job, KILLED_AFTER)
     return job
 
 
@@ -168,11 +174,32 @@ def test_a_shard_that_vanished_from_an_unfinished_run_is_named(source: Path, tmp
     assert isinstance(error, OutputError) and "model-00001" in str(error)
 
 
-def test_residual_streams_that_vanished_are_named(source: Path, tmp_path: Path) -> None:
+def test_residual_streams_that_vanished_are_computed_again(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     job = killed(source, tmp_path / "out")
     for path in (job.out / ".dsv4q").glob("streams.*"):
         path.unlink()
-    assert "residual streams" in str(refusal(job))
+    run(job)
+    assert digests(job.out) == whole
+
+
+def test_a_run_that_saved_no_residual_streams_is_resumed_with_the_same_bytes(
+    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "WORK_PER_SAVE", float("inf"))
+    job = killed(source, tmp_path / "out")
+    assert not list((job.out / ".dsv4q").glob("streams.*"))
+    run(job)
+    assert digests(job.out) == whole
+
+
+def test_residual_streams_that_live_on_disk_give_the_same_bytes(
+    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "STREAMS_IN_MEMORY", 0)
+    job = killed(source, tmp_path / "out")
+    assert list((job.out / ".dsv4q").glob("streams.*"))
+    run(job)
+    assert digests(job.out) == whole
 
 
 def test_a_finished_artifact_is_left_as_it_is_by_the_same_command(source: Path, tmp_path: Path) -> None:

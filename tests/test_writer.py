@@ -131,8 +131,8 @@ def test_a_second_writer_keeps_what_the_first_has_put(plan: Plan, tmp_path: Path
 def test_writes_that_the_system_cuts_short_are_continued(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, shard = os.pwrite, plan.shards[0]
-    monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: real(handle, bytes(data[:1000]), offset))
+    real, shard = os.pwritev, plan.shards[0]
+    monkeypatch.setattr(os, "pwritev", lambda handle, data, offset: real(handle, [bytes(data[0][:1000])], offset))
     writer = ShardWriter(tmp_path, plan)
     for tensor in shard.tensors:
         writer.put(tensor.name, content(tensor.name, tensor.nbytes))
@@ -143,7 +143,7 @@ def test_writes_that_the_system_cuts_short_are_continued(
 
 @pytest.mark.parametrize(
     ("call", "error"),
-    [("pwrite", errno.ENOSPC), ("truncate", errno.EFBIG), ("fsync", errno.EIO), ("pwrite", errno.EDQUOT)],
+    [("pwritev", errno.ENOSPC), ("truncate", errno.EFBIG), ("fsync", errno.EIO), ("pwritev", errno.EDQUOT)],
 )
 def test_a_disk_that_refuses_is_named_with_the_file(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: int
@@ -219,7 +219,7 @@ def write_behind(plan: Plan, out: Path, budget: int, threads: int = 4) -> list[t
     with BackgroundWriter(writer, threads=threads, budget=budget) as behind:
         for block in plan.blocks:
             for tensor in plan.block_tensors(block):
-                behind.put(tensor.name, content(tensor.name, tensor.nbytes))
+                behind.put(tensor.block, [(tensor.name, content(tensor.name, tensor.nbytes))])
             behind.finish(block, lambda digest, _, block=block: done.append((block, digest)))  # type: ignore[misc]
     writer.close()
     return done
@@ -244,7 +244,7 @@ def test_a_disk_that_fails_behind_us_stops_the_run_and_no_block_is_told_done(
     def refuse(*_: object) -> None:
         raise fail(errno.ENOSPC)
 
-    monkeypatch.setattr(os, "pwrite", refuse)
+    monkeypatch.setattr(os, "pwritev", refuse)
     with pytest.raises(DiskError, match="No space left"):
         write_behind(plan, tmp_path / "out", budget=1 << 30)
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -260,7 +260,7 @@ def test_a_block_that_cannot_be_made_durable_is_not_told_done(
     monkeypatch.setattr(os, "fsync", refuse)
     tensor, writer = plan.block_tensors("embed")[0], ShardWriter(tmp_path, plan)
     with pytest.raises(DiskError), BackgroundWriter(writer) as behind:
-        behind.put(tensor.name, bytes(tensor.nbytes))
+        behind.put(tensor.block, [(tensor.name, bytes(tensor.nbytes))])
         behind.finish("embed", lambda *_: told.append("embed"))
     writer.close()
     assert told == []
@@ -270,7 +270,7 @@ def test_a_block_that_is_being_finished_when_the_run_fails_is_still_told_done(pl
     told: list[str] = []
     tensor, writer = plan.block_tensors("embed")[0], ShardWriter(tmp_path, plan)
     with pytest.raises(KeyboardInterrupt), BackgroundWriter(writer) as behind:
-        behind.put(tensor.name, bytes(tensor.nbytes))
+        behind.put(tensor.block, [(tensor.name, bytes(tensor.nbytes))])
         behind.finish("embed", lambda *_: told.append("embed"))
         raise KeyboardInterrupt
     writer.close()

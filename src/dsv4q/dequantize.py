@@ -105,7 +105,7 @@ def _run_blocks(job: Job, plan: ShardPlan, source: Checkpoint, journal: Journal,
                 progress.describe(block)
                 for tensor, data in members:
                     check_stop()
-                    behind.put(tensor.name, data)
+                    behind.put(tensor.block, [(tensor.name, data)])
                     progress.advance(tensor.nbytes)
                 behind.finish(block, _line(journal, block))
     finally:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,15 @@ from dsv4q.checkpoint.finish import write_small_files
 from dsv4q.checkpoint.journal import Journal, check_output, is_finished
 from dsv4q.checkpoint.native import open_source, scan_source
 from dsv4q.checkpoint.output import already_there, disk_problem, finished_report, place_problem, require_verified
-from dsv4q.checkpoint.plan import Plan, first_problem, free_bytes, make_plan, require_weights, with_problem
+from dsv4q.checkpoint.plan import (
+    Plan,
+    ShardPlan,
+    first_problem,
+    free_bytes,
+    make_plan,
+    require_weights,
+    with_problem,
+)
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
 from dsv4q.config import Config
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from dsv4q.calibration.data import CalibrationData, DataSpec
+    from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP
 
 TESTED = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors")
 """Libraries whose version may change a bit of the artifact; a resume wants the same ones."""
@@ -46,6 +56,32 @@ class Job:
     config: Config
     device: str = "auto"
     resume: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with all it works with: `quantize` makes it of a job, a rehearsal or a benchmark of parts of its own."""
+
+    out: Path
+    plan: Plan
+    source: Checkpoint
+    data: CalibrationData | None
+    device: torch.device
+    make_writer: Callable[[Path, ShardPlan], ShardWriter] = ShardWriter
+    begin: float = field(default_factory=time.time)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the artifact."""
+        import torch
+
+        return {
+            "config": self.plan.config.canonical(),
+            "source": self.source.fingerprint(),
+            "data": None if self.data is None else {"digest": self.data.digest, "tokens": self.data.tokens},
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
 
 
 def prepare(job: Job) -> Plan:
@@ -72,15 +108,10 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
     Raises:
         Dsv4qError: a named reason; finished blocks are kept and the same command goes on from there.
     """
-    plan = prepare(job)
-    if plan.problems:
-        raise first_problem(plan.problems, "the same command with --dry-run lists them all")
-    begin = time.time()
+    plan = _possible(job)
     with open_source(job.source) as source:
-        device = _device(job.device, plan)
-        data = _load_data(job, plan)
-        _same_threads(job)
-        identity = _identity(job, source, data, device)
+        run = _begin(job, plan, source)
+        identity = run.identity()
         if is_finished(job.out):
             return already_there(job.out, identity, resume=job.resume)
         journal = Journal.open(job.out, identity, resume=job.resume)
@@ -88,8 +119,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
             if journal.done:
                 console.talk(f"Resuming: {len(journal.done)} of {len(plan.blocks)} blocks are done")
                 check_finished_shards(job.out, plan, journal.done)
-            _run_blocks(job, plan, source, journal, data, device, console)
-            report = build_report(plan, journal.done, identity, data, seconds=time.time() - begin)
+            report = run_blocks(run, journal, identity, console)
             write_small_files(job.out, job.source, plan, report)
             journal.remove()
         finally:
@@ -98,23 +128,65 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
     return report
 
 
-def _run_blocks(
-    job: Job,
-    plan: Plan,
-    source: Checkpoint,
-    journal: Journal,
-    data: CalibrationData | None,
-    device: torch.device,
-    console: Console,
-) -> None:
+def quantize_blocks(
+    job: Job, console: Console, make_writer: Callable[[Path, ShardPlan], ShardWriter] = ShardWriter
+) -> dict[str, Any]:
+    """A run of the job from its start, without what makes an artifact of its shards; returns the report.
+
+    For measurements: no index and no small files are written, nothing is verified, and the work folder is removed.
+
+    Args:
+        make_writer: makes the writer of (OUT, plan); one that keeps no bytes overrides put, sync and finish_blocks.
+
+    Raises:
+        Dsv4qError: as `quantize`.
+    """
+    plan = _possible(job)
+    with open_source(job.source) as source:
+        run = _begin(job, plan, source, make_writer)
+        identity = run.identity()
+        journal = Journal.open(job.out, identity, resume=False)
+        try:
+            report = run_blocks(run, journal, identity, console)
+            journal.remove()
+        finally:
+            journal.close()
+    return report
+
+
+def _possible(job: Job) -> Plan:
+    plan = prepare(job)
+    if plan.problems:
+        raise first_problem(plan.problems, "the same command with --dry-run lists them all")
+    return plan
+
+
+def _begin(
+    job: Job, plan: Plan, source: Checkpoint, make_writer: Callable[[Path, ShardPlan], ShardWriter] = ShardWriter
+) -> Run:
+    begin = time.time()
+    device = run_device(job.device, plan)
+    data = _load_data(job, plan)
+    _same_threads(job)
+    return Run(job.out, plan, source, data, device, make_writer, begin)
+
+
+def run_blocks(run: Run, journal: Journal, identity: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Every block that the journal does not know as done; returns the report."""
+    _run_blocks(run, journal, console)
+    return build_report(run.plan, journal.done, identity, run.data, seconds=time.time() - run.begin)
+
+
+def _run_blocks(run: Run, journal: Journal, console: Console) -> None:
     """`oneshot` on a model without memory, with our pipeline; it reads, calibrates, encodes and writes."""
+    plan = run.plan
+    writer = run.make_writer(run.out, plan)
     if all(block in journal.done for block in plan.blocks if plan.block_tensors(block)):
-        ShardWriter(job.out, plan).finish_blocks(plan.blocks)
+        writer.finish_blocks(plan.blocks)
         return
     from dsv4q.calibration.oneshot import run_oneshot
     from dsv4q.calibration.stream import BlockStream
 
-    writer = ShardWriter(job.out, plan)
     writer.finish_blocks(journal.done)
     total = sum(s.nbytes for s in plan.source_specs if plan.block_tensors(s.block))
     try:
@@ -131,11 +203,10 @@ def _run_blocks(
                     _return_freed_memory()
                 progress.advance(nbytes)
 
-            run_oneshot(
-                plan,
-                journal.folder,
-                lambda model: BlockStream(model, plan, source, behind, journal, data, device, advance, check_stop),
-            )
+            def stream(model: DeepseekV4ForCausalLMWithMTP) -> BlockStream:
+                return BlockStream(model, plan, run.source, behind, journal, run.data, run.device, advance, check_stop)
+
+            run_oneshot(plan, journal.folder, stream)
     finally:
         writer.close()
 
@@ -197,7 +268,12 @@ def _load_data(job: Job, plan: Plan) -> CalibrationData | None:
     return load_calibration(spec, load_tokenizer(job.source), base, vocab_size=plan.dims.vocab)
 
 
-def _device(name: str, plan: Plan) -> torch.device:
+def run_device(name: str, plan: Plan) -> torch.device:
+    """The device called `name`, if it has the memory that the plan wants.
+
+    Raises:
+        DeviceError: no such device, or it is too small.
+    """
     device = usable_device(name)
     if device.type == "cuda":
         import torch
@@ -228,17 +304,3 @@ def _same_threads(job: Job) -> None:
 def versions() -> dict[str, str]:
     """Versions of dsv4q and of the libraries that its bytes depend on."""
     return {"dsv4q": __version__} | {name: metadata.version(name) for name in TESTED}
-
-
-def _identity(job: Job, source: Checkpoint, data: CalibrationData | None, device: torch.device) -> dict[str, Any]:
-    """Everything that decides the bytes of the artifact."""
-    import torch
-
-    return {
-        "config": job.config.canonical(),
-        "source": source.fingerprint(),
-        "data": None if data is None else {"digest": data.digest, "tokens": data.tokens},
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }

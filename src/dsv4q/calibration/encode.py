@@ -196,6 +196,28 @@ def int_group_decode(packed: Tensor, scale: Tensor, bits: int, group: int) -> Te
     return values.mul_(scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
+@torch.no_grad()
+def error_sums(weights: Tensor, stored: Tensor) -> Tensor:
+    """What storing did to each of T tensors: `weights` of the source and `stored` F32, both [T, out, in].
+
+    Returns:
+        F64 [T, 4]: the fields of `errorstats.TensorError` in their order.
+    """
+    reference = weights.to(torch.float32)
+    # Bits, not values: a -0 that became +0 is not the source's element.
+    same = (stored.view(torch.int32) == reference.view(torch.int32)).flatten(1).sum(dim=1)
+    difference = stored - reference
+    return torch.stack(
+        [
+            same.to(torch.float64) / reference[0].numel(),
+            difference.square().sum(dim=(1, 2), dtype=torch.float64),
+            reference.square().sum(dim=(1, 2), dtype=torch.float64),
+            difference.abs().amax(dim=(1, 2)).to(torch.float64),
+        ],
+        dim=1,
+    )
+
+
 def _offset(bits: int) -> int:
     if bits not in (4, 8):
         raise ValueError(f"integers of {bits} bits are not packed here")

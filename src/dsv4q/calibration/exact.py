@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, FP8_BLOCK, NVFP4_GROUP
+from dsv4q.calibration.kernels import nvfp4_grid_bits
 
 WINDOW = (-9, 8)
 """Exponents of the powers of two that E4M3 has."""
@@ -35,8 +36,8 @@ SEARCH = (-3, 8)
 """Offsets in E4M3 codes around amax/6; eight codes are a factor of two."""
 _NONE = 1 << 20
 """Stands for "no bound" among exponents."""
-_CHUNK = 1 << 24
-"""Elements of a weight that are worked on at once: bounds the temporaries to some hundred MB."""
+_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 29}
+"""Elements of a weight that are worked on at once: bounds the temporaries to some hundred MB, some GB on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Grid:
 def nvfp4_grid(weight: Tensor) -> Grid:
     """Interval of exact exponents of every block of a weight [..., M, N] (BF16, F16 or F32), N a multiple of 16."""
     if weight.dtype is torch.bfloat16:
-        found = _bf16_grid(weight)
+        by_kernel = nvfp4_grid_bits(weight)
+        found = _bf16_grid(weight) if by_kernel is None else Grid(*by_kernel)
         if found is not None:
             return found
     blocks = _groups(weight).to(torch.float32)
@@ -112,7 +114,7 @@ def nvfp4_scales(weight: Tensor) -> Nvfp4Scales:
     """
     if weight.shape[-1] % NVFP4_GROUP:
         raise ValueError(f"NVFP4 needs columns in multiples of {NVFP4_GROUP}, not {weight.shape[-1]}")
-    step = max(1, _CHUNK // max(1, weight[0].numel()))
+    step = max(1, _CHUNK[weight.device.type] // max(1, weight[0].numel()))
     parts = [_nvfp4_scales(part) for part in torch.split(weight, step)]
     return Nvfp4Scales(
         torch.cat([p.block_scale for p in parts]),

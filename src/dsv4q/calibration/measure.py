@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -45,38 +46,39 @@ def decoded(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.Te
     return torch.stack([decode_state(module, one).to(torch.float32) for one in alone])
 
 
-def add_errors(errors: Errors, names: Sequence[str], weights: torch.Tensor, stored: torch.Tensor) -> None:
-    """Measure tensors: `weights` of the source and `stored` F32, both [len(names), out, in]."""
-    reference = weights.detach().to(torch.float32)
-    # Bits, not values: a -0 that became +0 is not the source's element.
-    same = (stored.view(torch.int32) == reference.view(torch.int32)).flatten(1).sum(dim=1)
-    difference = stored - reference
-    sums = torch.stack(
-        [
-            same.to(torch.float64) / reference[0].numel(),
-            difference.square().sum(dim=(1, 2), dtype=torch.float64),
-            reference.square().sum(dim=(1, 2), dtype=torch.float64),
-            difference.abs().amax(dim=(1, 2)).to(torch.float64),
-        ],
-        dim=1,
-    )
+def add_errors(errors: Errors, names: Sequence[str], sums: torch.Tensor) -> None:
+    """Count T tensors; `sums` as `encode.error_sums` gives them."""
     for name, numbers in zip(names, sums.tolist(), strict=True):
         errors.add(name, TensorError(*numbers))
 
 
 @dataclass
 class Stopwatch:
-    """Seconds by stage of one block."""
+    """Seconds by stage of one block: on a GPU of its own timeline, for the host runs ahead of it."""
 
     device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _spans: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = self._now()
         try:
             yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
         finally:
-            self.seconds[name] += time.perf_counter() - begin
+            self._spans.append((name, begin, self._now()))
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage; waits until the device has got there."""
+        found: dict[str, float] = defaultdict(float)
+        for name, begin, end in self._spans:
+            if self.device.type == "cuda":
+                end.synchronize()
+            found[name] += begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
+        return dict(found)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, fp8_block_encode, nvfp4_encode
+from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, error_sums, fp8_block_encode, nvfp4_encode
 from dsv4q.calibration.measure import add_errors, decoded
 from dsv4q.calibration.observers import ExactFp8BlockObserver, ExactNvfp4Observer, settle_nvfp4
 from dsv4q.calibration.upstream import encode_module, scheme_of
@@ -26,7 +26,7 @@ from dsv4q.errorstats import Errors
 
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 
-_BATCH_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+BATCH_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Weight elements that are worked on at once: bounds the temporaries to some hundred MB, some GB on a GPU."""
 
 State = dict[str, torch.Tensor]
@@ -99,29 +99,7 @@ class Batch:
     def measure(self, stored: State, errors: Errors) -> None:
         """Add the error of every member, decoded from its stored tensors, to `errors`."""
         values = decoded(self.members[0].module, stored)
-        add_errors(errors, [m.spec.name for m in self.members], self._stack("weight"), values)
-
-    def check_scales(self, stored: State) -> None:
-        """Refuse scales that no consumer can use.
-
-        Raises:
-            CalibrationError: a scale that is zero, negative, NaN or infinite; names the first such module.
-        """
-        for name, value in stored.items():
-            if not name.endswith("scale"):
-                continue
-            number = value.to(torch.float32)
-            bad = ~(torch.isfinite(number) & (number > 0))
-            if not bool(bad.any()):
-                continue
-            at = int(bad.flatten(1).any(dim=1).nonzero()[0])
-            raise CalibrationError(
-                "A scale is not positive and finite",
-                where=f"{self.members[at].spec.module}.{name}",
-                expected="every element finite and above zero",
-                found=f"{int(bad[at].sum())} of {bad[at].numel()} are not, e.g. {float(number[at][bad[at]][0])}",
-                hint="an input scale without tokens: use activations.experts: all, or routed with a fallback",
-            )
+        add_errors(errors, [m.spec.name for m in self.members], error_sums(self._stack("weight"), values))
 
     def _stack(self, name: str) -> torch.Tensor:
         return torch.stack([_parameter(member, name) for member in self.members])
@@ -133,16 +111,83 @@ def _parameter(member: Member, name: str) -> torch.Tensor:
     return parameter.detach()
 
 
-class BlockModules:
-    """All of a block's members."""
+def check_scales(members: Sequence[Member], stored: Mapping[str, torch.Tensor]) -> None:
+    """Refuse scales that no consumer can use, among the stored tensors [T, ...] of T members.
 
-    def __init__(self, model: torch.nn.Module, tensors: Sequence[PlannedTensor], device: torch.device) -> None:
+    Raises:
+        CalibrationError: a scale that is zero, negative, NaN or infinite; names the first such module.
+    """
+    for name, value in stored.items():
+        if not name.endswith("scale"):
+            continue
+        if value.dtype is torch.float8_e4m3fn:
+            # 0x00 is zero, 0x80 and above are negative, 0x7f is NaN; there is no infinity.
+            bad = (value.view(torch.uint8) - 1) > 0x7D
+        else:
+            bad = ~(torch.isfinite(value) & (value > 0))
+        if not bool(bad.any()):
+            continue
+        at = int(bad.flatten(1).any(dim=1).nonzero()[0])
+        raise CalibrationError(
+            "A scale is not positive and finite",
+            where=f"{members[at].spec.module}.{name}",
+            expected="every element finite and above zero",
+            found=f"{int(bad[at].sum())} of {bad[at].numel()} are not, e.g. {float(value[at][bad[at]][0])}",
+            hint="an input scale without tokens: use activations.experts: all, or routed with a fallback",
+        )
+
+
+def not_finite_input(member: Member, ends: list[float]) -> CalibrationError:
+    """The error for an input whose smallest and largest values are `ends`."""
+    return CalibrationError(
+        "The activations became non-finite while calibrating",
+        where=f"input of {member.spec.module}",
+        expected="a finite smallest and largest value",
+        found=ends,
+        hint="the source's weights of this layer are damaged or not of this architecture",
+    )
+
+
+def settled_scales(scales: torch.Tensor, where: str, activations: Activations) -> tuple[torch.Tensor, list[int]]:
+    """Apply fallback and headroom to observed input scales F32 [T, 1], NaN where no token came.
+
+    Returns:
+        The scales, and the places of those that took the fallback: the smallest global scale, i.e. the largest amax.
+
+    Raises:
+        CalibrationError: no token reached any of them.
+    """
+    seen = torch.isfinite(scales).all(dim=1)
+    if not bool(seen.any()):
+        raise CalibrationError(
+            "No calibration token reached any expert of a layer",
+            where=where,
+            hint="calibrate on more tokens, or with activations: {experts: all}",
+        )
+    unseen: list[int] = []
+    if activations.fallback is not None:
+        unseen = [int(n) for n in (~seen).nonzero().flatten()]
+        scales[~seen] = scales[seen].amin(dim=0)
+    if activations.headroom != 1.0:
+        scales /= activations.headroom
+    return scales, unseen
+
+
+def members_of(model: torch.nn.Module, tensors: Iterable[PlannedTensor]) -> list[Member]:
+    """The linears to be compressed among the planned tensors of a block."""
+    planned: dict[TensorSpec, list[PlannedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.encoded:
+            planned[tensor.spec].append(tensor)
+    return [Member(spec, _linear(model, spec), tuple(found)) for spec, found in planned.items()]
+
+
+class BlockModules:
+    """Members of one block that are calibrated as modules."""
+
+    def __init__(self, members: Sequence[Member], device: torch.device) -> None:
         self.device = device
-        planned: dict[TensorSpec, list[PlannedTensor]] = defaultdict(list)
-        for tensor in tensors:
-            if tensor.encoded:
-                planned[tensor.spec].append(tensor)
-        self.members = [Member(spec, _linear(model, spec), tuple(found)) for spec, found in planned.items()]
+        self.members = list(members)
 
     def batches(self) -> Iterator[Batch]:
         """The members in batches of equal role and shape, bounded in size."""
@@ -157,7 +202,7 @@ class BlockModules:
 
     def _step(self, elements: int) -> int:
         """How many things of so many elements are worked on at once."""
-        return max(1, _BATCH_ELEMENTS[self.device.type] // elements)
+        return max(1, BATCH_ELEMENTS[self.device.type] // elements)
 
     def input_amax(self) -> dict[str, float]:
         """Largest magnitude that each projection's settled `input_global_scale` represents, over all experts."""
@@ -201,13 +246,7 @@ class BlockModules:
         if not bool(bad.any()):
             return
         at = int(bad.nonzero()[0])
-        raise CalibrationError(
-            "The activations became non-finite while calibrating",
-            where=f"input of {observed[at][0].spec.module}",
-            expected="a finite smallest and largest value",
-            found=ends[at].tolist(),
-            hint="the source's weights of this layer are damaged or not of this architecture",
-        )
+        raise not_finite_input(observed[at][0], ends[at].tolist())
 
     def settle_weight_scales(self) -> None:
         """Find the exact NVFP4 scales of many experts at once, w1 and w3 of one expert under one global scale."""
@@ -232,26 +271,15 @@ class BlockModules:
     def settle_input_scales(self, activations: Activations) -> list[int]:
         """Apply fallback and headroom to observed `input_global_scale`; returns the experts that saw no token.
 
-        An expert without tokens takes the smallest global scale, i.e. the largest amax, of its layer and projection.
-
         Raises:
             CalibrationError: no token reached any expert.
         """
         unseen: set[int] = set()
         for projection, members in self._with_input_scale().items():
             scales = torch.stack([_parameter(m, "input_global_scale") for m in members])
-            seen = torch.isfinite(scales).all(dim=1)
-            if not bool(seen.any()):
-                raise CalibrationError(
-                    "No calibration token reached any expert of a layer",
-                    where=f"{members[0].spec.block}, projection {projection}",
-                    hint="calibrate on more tokens, or with activations: {experts: all}",
-                )
-            if activations.fallback is not None:
-                unseen |= {m.spec.expert or 0 for m, found in zip(members, seen.tolist(), strict=True) if not found}
-                scales[~seen] = scales[seen].amin(dim=0)
-            if activations.headroom != 1.0:
-                scales /= activations.headroom
+            where = f"{members[0].spec.block}, projection {projection}"
+            scales, without = settled_scales(scales, where, activations)
+            unseen |= {members[place].spec.expert or 0 for place in without}
             for member, scale in zip(members, scales, strict=True):
                 _parameter(member, "input_global_scale").copy_(scale)
         return sorted(unseen)

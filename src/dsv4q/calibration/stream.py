@@ -2,7 +2,9 @@
 
 llmcompressor's recipe, modifier, observers and lifecycle do the calibrating; what is ours is where the weights
 live. The model is on the meta device. For each block: read its tensors, run the calibration batches through it,
-let the modifier finish its scales, compress module by module, write, back to meta. The forward passes unquantized
+find the scales, encode, write, back to meta. Routed experts go through all of that as stacks (`experts.py`,
+`stacks.py`), whatever those do not know module by module under llmcompressor's hooks. The next block is on its way to
+the device meanwhile, and the one before to the disk. The forward passes unquantized
 residual streams on, which is bit-identical to stock's sequential pipeline because that one disables quantization
 during calibration too.
 
@@ -12,22 +14,25 @@ Shape letters: B batch, S sequence, C hc_mult, D hidden_size.
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import torch
 from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
-from safetensors.torch import load_file, save_file
 
 from dsv4q.calibration.data import CalibrationData
-from dsv4q.calibration.measure import Stopwatch, on_host, tensor_bytes
+from dsv4q.calibration.experts import BatchedExperts, ExpertMemory
+from dsv4q.calibration.handover import Handover
+from dsv4q.calibration.load import Item, LoadedBlock, Loader, items_of
+from dsv4q.calibration.measure import Stopwatch, add_errors
 from dsv4q.calibration.model import (
+    BlockInputs,
     DeepseekV4ForCausalLMWithMTP,
     block_inputs,
     embed,
@@ -35,21 +40,26 @@ from dsv4q.calibration.model import (
     run_block,
     set_tensor,
 )
-from dsv4q.calibration.modules import GLOBAL_SCALES, BlockModules
-from dsv4q.calibration.prefetch import loader, read_threads
-from dsv4q.checkpoint.ahead import loaded_ahead
-from dsv4q.checkpoint.journal import Journal, fsync_folder
+from dsv4q.calibration.modules import (
+    GLOBAL_SCALES,
+    BlockModules,
+    Member,
+    State,
+    check_scales,
+    members_of,
+)
+from dsv4q.calibration.stacks import ExpertStack
+from dsv4q.calibration.streams import ResidualStreams
+from dsv4q.calibration.upstream import experts_forward
+from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.layout import TensorSpec
-from dsv4q.checkpoint.plan import Plan, PlannedTensor
+from dsv4q.checkpoint.plan import Plan
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter
-from dsv4q.errors import CalibrationError, ResumeError, WeightError
+from dsv4q.errors import CalibrationError
 from dsv4q.errorstats import Errors
 
 PIPELINE = "dsv4q_stream"
-
-Loaded = Iterator[tuple[TensorSpec, torch.Tensor]]
-"""Source tensors on the host, in the order of the plan."""
 
 
 @CalibrationPipeline.register(PIPELINE)
@@ -67,6 +77,30 @@ class StreamingPipeline(CalibrationPipeline):
 
 
 @dataclass
+class Found:
+    """What is learnt of one block while it is worked on; tensors of it may still be on their way."""
+
+    record: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, Errors] = field(default_factory=lambda: defaultdict(Errors))
+    scales: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def note_scales(self, members: Sequence[Member], stored: Any) -> None:
+        """Remember the global scales among the stored tensors of some members, on the host."""
+        for suffix in (name for name in GLOBAL_SCALES if name in stored):
+            for member, value in zip(members, stored[suffix].flatten().tolist(), strict=True):
+                self.scales[f"{member.projection}.{suffix}"].append(value)
+
+    def as_record(self) -> dict[str, Any]:
+        """For the journal."""
+        encoded = {
+            "errors": {role: found.as_dict() for role, found in self.errors.items()},
+            "tensors": {name: e.as_dict() for found in self.errors.values() for name, e in found.each.items()},
+            "scales": {name: {"min": min(values), "max": max(values)} for name, values in self.scales.items()},
+        }
+        return {**self.record, **(encoded if self.errors else {})}
+
+
+@dataclass
 class BlockStream:
     """One run over the blocks of a plan: everything it needs, and the residual streams between two blocks."""
 
@@ -81,8 +115,6 @@ class BlockStream:
     """Called with the block's name and the number of source bytes done with."""
     check_stop: Callable[[], None]
     """Called where the run may be stopped; raises KeyboardInterrupt if it shall be."""
-    streams: list[torch.Tensor] = field(default_factory=list)
-    """Per micro-batch, BF16 [B, S, C, D] on the host: the input of the next block."""
 
     def run(self) -> None:
         """Every block that the journal does not know as done.
@@ -90,101 +122,197 @@ class BlockStream:
         Raises:
             WeightError: NaN or Inf in a source tensor.
             CalibrationError: non-finite residual streams, a scale that is not positive and finite.
-            ResumeError: the saved residual streams are gone.
         """
-        blocks = [b for b in self.plan.blocks if b not in self.journal.done and self.plan.block_tensors(b)]
-        with loaded_ahead(
-            [spec for block in blocks for spec in self._specs(block)],
-            loader(self.source, self.device),
-            lambda spec: spec.nbytes,
+        self._inputs: dict[tuple[int, ...], BlockInputs] = {}
+        shapes = [(*ids.shape, self.plan.dims.hc_mult, self.plan.dims.hidden) for ids in self._batches()]
+        self._streams = ResidualStreams(self.journal.folder, self.device, shapes)
+        again, todo = self._again(), self._todo()
+        loader = Loader(
+            self.source,
+            self.device,
             budget=self.plan.estimate.read_ahead,
-            threads=read_threads(self.device),
-        ) as tensors:
-            for block in blocks:
-                self._do(block, tensors)
+            memory=partial(ExpertMemory.of, self.plan.dims, self.device),
+            slots=self._slots(),
+            put=self.writer.put,
+            where=lambda spec: f"{spec.name} in {self.source.tensors[spec.name].file}",
+            advance=self.advance,
+        )
+        with (
+            Handover(self.writer, self.device) as handover,
+            loader.blocks([*again, *todo], self.check_stop) as blocks,
+        ):
+            for wanted in (*again, *todo):
+                watch = Stopwatch(self.device)
+                block = self._next(blocks, wanted, watch)
+                found = Found()
+                with watch.stage("check"):
+                    self._put_in_place(block)
+                if block.name.startswith("layers."):
+                    self._decoder_block(block, found, watch, handover, encode=wanted in todo)
+                elif block.name == "embed" and self._is_forward("embed"):
+                    self._embed(block, watch)
+                loader.release(block)
+                if wanted in todo:
+                    self._finish(block.name, found, watch, handover)
 
-    def _do(self, block: str, loaded: Loaded) -> None:
-        """One block from its bytes in the source to its line in the journal."""
-        self._restore_streams(block)
-        watch = Stopwatch(device=self.device)
-        record = self._run_block(block, loaded, watch)
-        record["seconds"] = {name: round(value, 4) for name, value in watch.seconds.items()}
-        streams = list(self.streams) if self._is_forward(block) else None
+    def _todo(self) -> list[tuple[str, list[Item]]]:
+        """Blocks of which the artifact lacks something, and what to do with their tensors."""
+        blocks = [b for b in self.plan.blocks if b not in self.journal.done and self.plan.block_tensors(b)]
+        kept: dict[TensorSpec, list[str]] = defaultdict(list)
+        encoded = set()
+        for tensor in self.plan.tensors:
+            if tensor.encoded:
+                encoded.add(tensor.spec.name)
+            elif tensor.block == tensor.spec.block:
+                kept[tensor.spec].append(tensor.name)
+        specs = [s for s in self.plan.source_specs if s.block in set(blocks)]
+        items = items_of(specs, kept, lambda s: self._is_forward(s.block) or s.name in encoded)
+        return [(block, items[block]) for block in blocks]
 
-        def on_disk(digest: str, seconds: float) -> None:
-            """Runs in the writer's thread while the next block computes; the journal's line comes last."""
-            if streams is not None:
-                self._save_streams(block, streams)
-            record["digest"] = digest
-            record["seconds"]["sync"] = round(seconds, 4)
-            self.journal.finish_block(block, record)
-            self._drop_streams_before(block)
+    def _again(self) -> list[tuple[str, list[Item]]]:
+        """Finished blocks that must be computed once more, for the residual streams behind them were not saved."""
+        forward = [block for block in self.plan.blocks if self._is_forward(block)]
+        finished = [block for block in forward if block in self.journal.done]
+        if len(finished) == len(forward) or not finished:
+            return []
+        saved = self._streams.restore(finished)
+        missing = finished[finished.index(saved) + 1 :] if saved else finished
+        specs = [s for s in self.plan.source_specs if s.block in set(missing)]
+        items = items_of(specs, {}, lambda _: True)
+        return [(block, items[block]) for block in missing]
 
-        self.writer.finish(block, on_disk)
+    def _slots(self) -> int:
+        """Blocks on the device at once: two if a GPU has room for them."""
+        if self.device.type != "cuda":
+            return 1
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return 2 if free > self.plan.estimate.gpu_ahead else 1
 
     # ------------------------------------------------------------------------------------------------ one block
 
-    def _specs(self, block: str) -> list[TensorSpec]:
-        return [s for s in self.plan.source_specs if s.block == block]
+    def _next(self, blocks: Iterator[LoadedBlock], wanted: tuple[str, list[Item]], watch: Stopwatch) -> LoadedBlock:
+        with watch.stage("read"):
+            block = next(blocks)
+            assert block.name == wanted[0], f"{wanted[0]} is wanted, {block.name} comes"
+            block.wait()
+        return block
 
-    def _run_block(self, block: str, loaded: Loaded, watch: Stopwatch) -> dict[str, Any]:
-        tensors = self.plan.block_tensors(block)
-        specs = self._specs(block)
-        encoded = {t.spec.name for t in tensors if t.encoded}
-        kept = {t.spec.name for t in tensors if not t.encoded}
-        forward = self._is_forward(block)
-        for spec in specs:
-            self.check_stop()
-            with watch.stage("read"):
-                next_spec, tensor = next(loaded)
-                assert next_spec is spec, f"{spec.name} is wanted, {next_spec.name} comes"
-            if spec.name in kept:
-                with watch.stage("write"):
-                    self.writer.put(spec.name, tensor_bytes(tensor))
-            if forward or spec.name in encoded:
-                with watch.stage("copy"):
-                    tensor = tensor.to(self.device, non_blocking=True)
-                    set_tensor(self.model, spec.hf_name, tensor)
-            with watch.stage("check"):
-                self._check_finite(spec, tensor)
-            self.advance(block, spec.nbytes)
-        for copy in (t for t in tensors if not t.encoded and t.name != t.spec.name):
-            with watch.stage("write"):
-                self.writer.put(copy.name, self.source.read(copy.spec.name))
-        if block == "embed" and forward:
-            with watch.stage("forward"):
-                self.streams = [embed(self.model, ids.to(self.device)).cpu() for ids in self._batches()]
-            release(self.model.model.embed_tokens)
-        if block.startswith("layers."):
-            return self._decoder_block(int(block.removeprefix("layers.")), tensors, watch)
-        return {}
+    def _put_in_place(self, block: LoadedBlock) -> None:
+        for spec, tensor in block.tensors.items():
+            set_tensor(self.model, spec.hf_name, tensor)
+        copies = [t for t in self.plan.block_tensors(block.name) if not t.encoded and t.block != t.spec.block]
+        for copy in copies:
+            self.writer.put(block.name, [(copy.name, self.source.read(copy.spec.name))])
 
-    def _decoder_block(self, index: int, tensors: tuple[PlannedTensor, ...], watch: Stopwatch) -> dict[str, Any]:
+    def _embed(self, block: LoadedBlock, watch: Stopwatch) -> None:
+        self._check_finite(block)
+        with watch.stage("forward"):
+            batches = self._batches()
+            self._streams.through("embed", lambda n, _: embed(self.model, batches[n].to(self.device)))
+        release(self.model.model.embed_tokens)
+        self.advance("embed", block.nbytes)
+
+    def _decoder_block(
+        self, block: LoadedBlock, found: Found, watch: Stopwatch, handover: Handover, *, encode: bool
+    ) -> None:
+        index = int(block.name.removeprefix("layers."))
         layer = self.model.model.layers[index]
-        modules = BlockModules(self.model, tensors, self.device)
+        members = members_of(self.model, self.plan.block_tensors(block.name)) if encode else []
+        stack = ExpertStack.of(members, block.experts)
+        modules = BlockModules([m for m in members if stack is None or m.spec.expert is None], self.device)
         modules.prepare()
-        record: dict[str, Any] = {}
-        if self._is_forward(f"layers.{index}"):
+        seen: BatchedExperts | None = None
+        if self._is_forward(block.name):
             with watch.stage("forward"):
-                record["tokens_per_expert"] = self._forward(index)
-        with watch.stage("statistics"):
-            modules.check_observed()
-            modules.settle_weight_scales()
-            LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
-            bounds = self._input_bounds(index)
-            if self.plan.config.activations.scales == "bound":
-                modules.bound_input_scales(bounds)
+                seen = self._forward(index, block, found, batched=stack is not None or not encode)
+        else:
+            self._check_finite(block)
+        if encode:
+            with watch.stage("statistics"):
+                self._settle(index, modules, stack, seen, found)
+            self._encode(block, modules, stack, found, watch, handover)
+        release(layer)
+        self.advance(block.name, block.nbytes - block.nbytes // 2)
+
+    def _check_finite(self, block: LoadedBlock) -> None:
+        block.check_finite(lambda spec: f"{spec.name} in {self.source.tensors[spec.name].file}")
+
+    def _forward(self, index: int, block: LoadedBlock, found: Found, *, batched: bool) -> BatchedExperts | None:
+        """Send every micro-batch through block `index`; `batched` computes the experts as stacks."""
+        mlp = self.model.model.layers[index].mlp
+        activations = self.plan.config.activations
+        experts = counts = None
+        finite: list[torch.Tensor] = []
+        with ExitStack() as until_the_end:
+            if batched and block.experts is not None:
+                limit = float(self.model.config.swiglu_limit)
+                experts = BatchedExperts(block.experts, limit, all_tokens=activations.experts == "all")
+                counts = experts.counts
+                until_the_end.enter_context(experts_forward(mlp.experts, experts))
             else:
-                record["experts_without_tokens"] = modules.settle_input_scales(self.plan.config.activations)
-            record["input_amax"] = {
-                projection: {"used": amax, "bound": bounds[projection]}
-                for projection, amax in modules.input_amax().items()
-                if projection in bounds
-            }
-        record |= self._encode(modules, watch)
-        with watch.stage("release"):
-            release(layer)
-        return record
+                counts = torch.zeros(self.plan.dims.experts, dtype=torch.int64, device=self.device)
+                hook = mlp.gate.register_forward_hook(partial(_count, counts))
+                until_the_end.callback(hook.remove)
+
+            def compute(number: int, streams: torch.Tensor | None) -> torch.Tensor:
+                self.check_stop()
+                assert streams is not None
+                ids = self._batches()[number].to(self.device)
+                out = run_block(self.model, index, streams, ids, self._inputs_of(ids))
+                finite.append(torch.isfinite(out).all())
+                self.advance(block.name, block.nbytes // 2 // len(self._streams))
+                return out
+
+            self._streams.through(block.name, compute)
+        self._check_finite(block)
+        fine = torch.stack(finite).tolist()
+        if not all(fine):
+            raise CalibrationError(
+                "The activations became non-finite while calibrating",
+                where=f"{block.name}, micro-batch {fine.index(False)}",
+                expected="finite residual streams",
+                found="NaN or Inf",
+                hint="the source's weights of this layer are damaged or not of this architecture",
+            )
+        found.record["tokens_per_expert"] = counts.tolist()
+        return experts
+
+    def _inputs_of(self, ids: torch.Tensor) -> BlockInputs:
+        """Positions, rotary and mask, which are the same for all micro-batches of one shape and all blocks."""
+        key = tuple(ids.shape)
+        if key not in self._inputs:
+            self._inputs[key] = block_inputs(self.model, ids)
+        return self._inputs[key]
+
+    def _settle(
+        self, index: int, modules: BlockModules, stack: ExpertStack | None, seen: BatchedExperts | None, found: Found
+    ) -> None:
+        """Find the scales of the inputs, and those of the weights that are calibrated as modules."""
+        modules.check_observed()
+        modules.settle_weight_scales()
+        LifecycleCallbacks.sequential_epoch_end([m.module for m in modules.members])
+        bounds = self._input_bounds(index)
+        activations = self.plan.config.activations
+        unseen: set[int] = set()
+        if activations.scales == "bound":
+            modules.bound_input_scales(bounds)
+        else:
+            unseen.update(modules.settle_input_scales(activations))
+        amax = modules.input_amax()
+        if stack is not None and stack.stores_input_scales:
+            if activations.scales == "bound":
+                stack.bound_input_scales(bounds)
+            else:
+                assert seen is not None
+                unseen.update(stack.observed_input_scales(seen, f"layers.{index}", activations))
+            amax |= stack.input_amax()
+        if activations.scales != "bound":
+            found.record["experts_without_tokens"] = sorted(unseen)
+        found.record["input_amax"] = {
+            projection: {"used": used, "bound": bounds[projection]}
+            for projection, used in amax.items()
+            if projection in bounds
+        }
 
     def _input_bounds(self, index: int) -> dict[str, float]:
         """Largest magnitude that the inputs of a block's routed experts can have, whatever the data.
@@ -197,75 +325,63 @@ class BlockStream:
         limit = float(self.source.config.get("swiglu_limit", 10.0))
         return {"w1": wide, "w3": wide, "w2": limit * limit}
 
-    def _forward(self, index: int) -> list[int]:
-        """Send every micro-batch through block `index`; returns how many tokens the router sent each expert."""
-        counts = torch.zeros(self.plan.dims.experts, dtype=torch.int64)
-
-        def count(_module: torch.nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
-            counts.add_(torch.bincount(output[2].reshape(-1).cpu(), minlength=len(counts)))
-
-        hook = self.model.model.layers[index].mlp.gate.register_forward_hook(count)
-        try:
-            for number, ids in enumerate(self._batches()):
-                self.check_stop()
-                ids = ids.to(self.device)
-                inputs = block_inputs(self.model, ids)
-                out = run_block(self.model, index, self.streams[number].to(self.device), ids, inputs)
-                if not bool(torch.isfinite(out).all()):
-                    raise CalibrationError(
-                        "The activations became non-finite while calibrating",
-                        where=f"layers.{index}, micro-batch {number}",
-                        expected="finite residual streams",
-                        found=f"{int((~torch.isfinite(out)).sum())} of {out.numel()} values are NaN or Inf",
-                        hint="the source's weights of this layer are damaged or not of this architecture",
-                    )
-                self.streams[number] = out.cpu()
-        finally:
-            hook.remove()
-        return [int(n) for n in counts]
-
-    def _encode(self, modules: BlockModules, watch: Stopwatch) -> dict[str, Any]:
-        errors: dict[str, Errors] = defaultdict(Errors)
-        scales: dict[str, list[float]] = defaultdict(list)
+    def _encode(
+        self,
+        block: LoadedBlock,
+        modules: BlockModules,
+        stack: ExpertStack | None,
+        found: Found,
+        watch: Stopwatch,
+        handover: Handover,
+    ) -> None:
         for batch in modules.batches():
             self.check_stop()
             with watch.stage("encode"):
                 stored = batch.encode()
-                batch.check_scales(stored)
-            with watch.stage("measure"):
-                batch.measure(stored, errors[batch.role])
-            with watch.stage("write"):
-                host = {name: on_host(value) for name, value in stored.items()}
-                for index, member in enumerate(batch.members):
-                    for tensor in member.planned:
-                        value = host[tensor.name.removeprefix(f"{member.spec.module}.")][index]
-                        self.writer.put(tensor.name, tensor_bytes(value))
-            for suffix in (name for name in GLOBAL_SCALES if name in host):
-                for member, value in zip(batch.members, host[suffix].flatten().tolist(), strict=True):
-                    scales[f"{member.projection}.{suffix}"].append(value)
+                batch.measure(stored, found.errors[batch.role])
+                self._hand_over(block.name, batch.members, stored, found, handover)
             for member in batch.members:
                 release(member.module)
-        return {
-            "errors": {role: found.as_dict() for role, found in errors.items()},
-            "tensors": {name: e.as_dict() for found in errors.values() for name, e in found.each.items()},
-            "scales": {name: {"min": min(values), "max": max(values)} for name, values in scales.items()},
-        }
-
-    # ------------------------------------------------------------------------------------------- reading
-
-    def _check_finite(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
-        """One pass on whichever device has the tensor; minimum and maximum are NaN if any element is."""
-        if not tensor.is_floating_point() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+        if stack is None:
             return
-        bad = (~torch.isfinite(tensor)).reshape(-1).nonzero()
-        raise WeightError(
-            "A source tensor has NaN or Inf",
-            where=f"{spec.name} in {self.source.tensors[spec.name].file}",
-            expected="finite values",
-            found=f"{len(bad)} of {tensor.numel()} values, the first at element {int(bad[0])}",
-            hint="get this shard again; finished blocks are kept, and the same command resumes unless the repaired "
-            "file looks like another source, in which case --no-resume starts over",
-        )
+        parts = stack.parts(range(self.plan.dims.experts))
+        while True:
+            self.check_stop()
+            with watch.stage("encode"):
+                part = next(parts, None)
+                if part is None:
+                    return
+                self._hand_over(block.name, part.members, part.stored, found, handover)
+                names, errors = [m.spec.name for m in part.members], found.errors[part.members[0].spec.role]
+                sums = handover.to_host(part.sums)
+            handover.then(partial(_add_errors, errors, names, sums))
+
+    def _hand_over(
+        self, block: str, members: tuple[Member, ...], stored: State, found: Found, handover: Handover
+    ) -> None:
+        def look(host: Any) -> None:
+            check_scales(members, host)
+            found.note_scales(members, host)
+
+        handover.tensors(block, members, stored, look)
+
+    def _finish(self, block: str, found: Found, watch: Stopwatch, handover: Handover) -> None:
+        """Have the block made durable and written into the journal, behind the computation."""
+        save = self._streams.to_save() if self._is_forward(block) else None
+
+        def on_disk(digest: str, seconds: float) -> None:
+            """Runs in the writer's thread while other blocks compute; the journal's line comes last."""
+            if save is not None:
+                save()
+            record = found.as_record()
+            spent = {name: round(value, 4) for name, value in watch.seconds().items()}
+            record["seconds"] = {**spent, "sync": round(seconds, 4)}
+            record["digest"] = digest
+            self.journal.finish_block(block, record)
+            if save is not None:
+                self._streams.drop_before(block, self.plan.blocks)
+
+        handover.then(lambda: self.writer.finish(block, on_disk))
 
     def _batches(self) -> tuple[torch.Tensor, ...]:
         return () if self.data is None else self.data.batches
@@ -273,37 +389,10 @@ class BlockStream:
     def _is_forward(self, block: str) -> bool:
         return self.data is not None and (block == "embed" or block.startswith("layers."))
 
-    # ------------------------------------------------------------------------------- residual streams on disk
 
-    def _streams_file(self, block: str) -> Path:
-        return self.journal.folder / f"streams.{block}"
+def _count(counts: torch.Tensor, _module: torch.nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
+    counts.add_(torch.bincount(output[2].reshape(-1), minlength=len(counts)))
 
-    def _save_streams(self, block: str, streams: list[torch.Tensor]) -> None:
-        """Keep the input of the next block, so that a resume need not compute the blocks before it again."""
-        path = self._streams_file(block)
-        partial = path.with_name(path.name + ".partial")
-        save_file({str(i): t for i, t in enumerate(streams)}, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        fsync_folder(path.parent)
 
-    def _restore_streams(self, block: str) -> None:
-        if not self._is_forward(block) or block == "embed" or self.streams:
-            return
-        before = self.plan.blocks[self.plan.blocks.index(block) - 1]
-        path = self._streams_file(before)
-        if not path.is_file():
-            raise ResumeError(
-                "The saved residual streams of the unfinished run are gone",
-                where=path,
-                hint="start over with --no-resume",
-            )
-        loaded = load_file(path)
-        self.streams = [loaded[str(i)] for i in range(len(loaded))]
-
-    def _drop_streams_before(self, block: str) -> None:
-        keep = self._streams_file(block)
-        for path in self.journal.folder.glob("streams.*"):
-            if path != keep:
-                path.unlink()
+def _add_errors(errors: Errors, names: Sequence[str], sums: Callable[[], torch.Tensor]) -> None:
+    add_errors(errors, names, sums())

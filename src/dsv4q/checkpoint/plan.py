@@ -34,6 +34,15 @@ READ_AHEAD = 4_000_000_000
 WRITE_BEHIND = 1_000_000_000
 """Bytes that may wait to be written; a single larger tensor may too."""
 
+WRITE_THREADS = 6
+"""sha256 takes 0.8 s a GB on one thread, and copying into the page cache half of that again."""
+
+STREAMS_ON_GPU = 2_500_000_000
+"""Residual streams of all samples up to this size stay on the GPU between two blocks."""
+
+STREAMS_IN_MEMORY = 12_000_000_000
+"""Larger ones are kept on the host, and beyond this on disk, micro-batch by micro-batch."""
+
 QUANTIZATION_VERSION = "0.17.0"
 """compressed-tensors version stated in config.json: the oldest one whose fields we write."""
 
@@ -165,7 +174,11 @@ class Estimate:
     read_ahead: int
     """Part of `host`: what the reader may hold before it is needed."""
     gpu: int
+    gpu_ahead: int
+    """With the next block on the GPU while one is worked on; done where there is room."""
     disk: int
+    streams: int
+    """Residual streams of all calibration tokens."""
     calibration_tokens: int
 
 
@@ -440,18 +453,25 @@ def _estimate(specs: list[TensorSpec], shards: tuple[PlannedShard, ...], config:
     largest = max(s.nbytes for s in specs)
     tokens = config.calibration.tokens if config.calibration and config.needs_data else 0
     streams = tokens * dims.hc_mult * dims.hidden * 2
-    batch = 0
+    batch, micro_batches = 0, 1
     if tokens and config.calibration:
+        micro_batches = -(-config.calibration.samples // config.calibration.micro_batch)
         rows = config.calibration.micro_batch * config.calibration.max_length
         scores = config.calibration.micro_batch * dims.heads * config.calibration.max_length**2
         wide = max(dims.heads * dims.head_dim, 4 * dims.moe_intermediate, 4 * dims.hc_mult * dims.hidden)
         batch = 3 * 4 * (rows * wide + 2 * scores)
-    gpu = block + batch + largest
-    disk = sum(s.nbytes for s in shards) + 2 * streams
+    spilled = streams > STREAMS_IN_MEMORY
+    on_gpu = 2 * streams if streams <= STREAMS_ON_GPU else 0
+    gpu = block + batch + largest + on_gpu
+    disk = sum(s.nbytes for s in shards) + (3 if spilled else 2) * streams
     ahead = min(READ_AHEAD, max(read[b] for b in main))
     behind = min(WRITE_BEHIND, max(written[b] for b in main))
-    host = RUNTIME_BYTES + block + 2 * streams + batch + largest + ahead + behind
-    return Estimate(host=host, read_ahead=ahead, gpu=gpu, disk=disk, calibration_tokens=tokens)
+    held = 4 * streams // max(1, micro_batches) if spilled else 2 * streams
+    host = RUNTIME_BYTES + block + held + batch + largest + ahead + behind
+    return Estimate(
+        host=host, read_ahead=ahead, gpu=gpu, gpu_ahead=gpu + max(read[b] for b in main), disk=disk, streams=streams,
+        calibration_tokens=tokens,
+    )  # fmt: skip
 
 
 def first_problem(problems: Sequence[Dsv4qError], see: str) -> Dsv4qError:

@@ -11,52 +11,68 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from dsv4q.checkpoint.journal import fsync_folder
-from dsv4q.checkpoint.plan import WRITE_BEHIND, PlannedShard, PlannedTensor, ShardPlan
+from dsv4q.checkpoint.plan import WRITE_BEHIND, WRITE_THREADS, PlannedShard, PlannedTensor, ShardPlan
 from dsv4q.errors import DiskError, OutputError
+
+Data = memoryview | bytes | bytearray
+
+_IOV_MAX = 256
+"""Pieces in one call of pwritev; the system takes 1024."""
 
 _AGAIN = "make room, or see to the disk; then the same command goes on from there"
 
 
 @contextmanager
-def _disk_errors(what: str, where: Path) -> Iterator[None]:
+def disk_errors(what: str, where: Path) -> Iterator[None]:
+    """Turn what the system says of a file into a DiskError that names it."""
     try:
         yield
     except OSError as error:
         raise DiskError(what, where=where, found=error.strerror, hint=_AGAIN) from error
 
 
-def _write_at(handle: int, data: memoryview | bytes, offset: int) -> None:
-    """pwrite may write less than it was given, on a disk that is nearly full for one."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(handle, view, offset)
-        view, offset = view[written:], offset + written
+def write_at(handle: int, views: Iterable[memoryview], offset: int) -> None:
+    """pwritev may write less than it was given, on a disk that is nearly full for one."""
+    left = deque(view for view in views if view)
+    while left:
+        written = os.pwritev(handle, left, offset)
+        offset += written
+        while left and written >= len(left[0]):
+            written -= len(left.popleft())
+        if written:
+            left[0] = left[0][written:]
 
 
 def _lay_out(handle: int, shard: PlannedShard) -> None:
     """Give an open file the mode, size and header of its shard."""
     os.fchmod(handle, 0o644)
     os.truncate(handle, shard.nbytes)
-    _write_at(handle, shard.header, 0)
+    write_at(handle, [memoryview(shard.header)], 0)
 
 
 class ShardWriter:
     """Writes the tensors of a plan. `put` and `sync` may be called from several threads.
+
+    Args:
+        on_whole: called by `finish_blocks` with each shard that just got its name.
 
     Raises:
         OutputError: a shard that an earlier run left is not the planned one.
         DiskError: the disk refuses to take the bytes.
     """
 
-    def __init__(self, out: Path, plan: ShardPlan) -> None:
+    def __init__(
+        self, out: Path, plan: ShardPlan, on_whole: Callable[[PlannedShard], None] = lambda shard: None
+    ) -> None:
         self.out = out
+        self._on_whole = on_whole
         self._place: dict[str, tuple[PlannedShard, int]] = {}
         self._tensor: dict[str, PlannedTensor] = {}
         for shard in plan.shards:
@@ -72,18 +88,36 @@ class ShardWriter:
         self._written: dict[str, dict[str, str]] = defaultdict(dict)
         """Block -> its tensors that were put since its last sync, with their sha256."""
 
-    def put(self, name: str, data: memoryview | bytes | bytearray) -> None:
+    def put(self, name: str, data: Data) -> None:
         """Write the bytes of one tensor at its planned place."""
-        view = memoryview(data).cast("B")
-        planned = self._tensor[name]
-        assert len(view) == planned.nbytes, f"{name}: {len(view)} bytes, planned {planned.nbytes}"
-        shard, offset = self._place[name]
-        handle = self._handle(shard)
-        with _disk_errors("Writing a shard failed", self.out / shard.file):
-            _write_at(handle, view, offset)
-        digest = hashlib.sha256(view).hexdigest()
+        self.put_all([(name, data)])
+
+    def put_all(self, tensors: Iterable[tuple[str, Data]]) -> None:
+        """Write tensors at their planned places; those that lie side by side in a shard go in one call."""
+        run: list[memoryview] = []
+        last: tuple[PlannedShard, int, int] | None = None
+        digests: dict[str, dict[str, str]] = defaultdict(dict)
+        for name, data in tensors:
+            view = memoryview(data).cast("B")
+            planned = self._tensor[name]
+            assert len(view) == planned.nbytes, f"{name}: {len(view)} bytes, planned {planned.nbytes}"
+            shard, offset = self._place[name]
+            if last is not None and (shard is not last[0] or offset != last[2] or len(run) == _IOV_MAX):
+                self._write(last[0], run, last[1])
+                last, run = None, []
+            last = (shard, last[1] if last else offset, offset + len(view))
+            run.append(view)
+            digests[planned.block][name] = hashlib.sha256(view).hexdigest()
+        if last is not None:
+            self._write(last[0], run, last[1])
         with self._lock:
-            self._written[planned.block][name] = digest
+            for block, found in digests.items():
+                self._written[block].update(found)
+
+    def _write(self, shard: PlannedShard, views: list[memoryview], offset: int) -> None:
+        handle = self._handle(shard)
+        with disk_errors("Writing a shard failed", self.out / shard.file):
+            write_at(handle, views, offset)
 
     def sync(self, block: str) -> str:
         """Make a block's tensors durable; sha256 over `name sha256` lines of them, sorted by name."""
@@ -91,19 +125,26 @@ class ShardWriter:
             written = self._written.pop(block, {})
             handles = {file: self._open[file] for file in {self._place[name][0].file for name in written}}
         for file, handle in handles.items():
-            with _disk_errors("Writing a shard failed", self.out / file):
+            with disk_errors("Writing a shard failed", self.out / file):
                 os.fsync(handle)
         return hashlib.sha256("".join(f"{n} {d}\n" for n, d in sorted(written.items())).encode()).hexdigest()
 
     def finish_blocks(self, blocks: Iterable[str]) -> list[str]:
-        """Tell that `blocks` are durable; shards that are whole now get their name. Returns those files."""
+        """Tell that `blocks` are durable; shards that are whole now get their name. Returns those files.
+
+        `on_whole` is called with each of them, and from then on the file may be taken away.
+        """
         done = set(blocks)
         whole = []
-        for file, missing in self._missing.items():
+        for file, missing in list(self._missing.items()):
             missing -= done
-            if not missing and not (self.out / file).is_file():
+            if missing:
+                continue
+            del self._missing[file]
+            if not (self.out / file).is_file():
                 self._complete(self._shards[file])
                 whole.append(file)
+                self._on_whole(self._shards[file])
         return whole
 
     def _complete(self, shard: PlannedShard) -> None:
@@ -134,7 +175,7 @@ class ShardWriter:
 
     def _begin(self, shard: PlannedShard) -> int:
         path = self._partial(shard)
-        with _disk_errors("Creating a shard failed", path):
+        with disk_errors("Creating a shard failed", path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 _lay_out(handle, shard)
@@ -156,52 +197,75 @@ class BackgroundWriter:
     Args:
         budget: bytes that may wait to be written before `put` waits; one tensor is always allowed.
 
-    An error in a thread is raised by the next `put`, by `finish`, or at the end of the context.
+    `put` and `finish` may be called from several threads; blocks are finished in the order of the calls. An error in a
+    thread is raised by the next `put` or `finish`, or at the end of the context.
     """
 
-    def __init__(self, writer: ShardWriter, *, threads: int = 4, budget: int = WRITE_BEHIND) -> None:
+    def __init__(self, writer: ShardWriter, *, threads: int = WRITE_THREADS, budget: int = WRITE_BEHIND) -> None:
         self._writer = writer
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dsv4q-write")
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="dsv4q-sync")
-        self._waiting: deque[tuple[int, Future[None]]] = deque()
+        self._change = threading.Condition()
+        """Guards what follows; notified when something was written."""
         self._behind = 0
         self._budget = budget
-        self._block: list[Future[None]] = []
-        self._finishing: Future[None] | None = None
+        self._blocks: dict[str, list[Future[None]]] = defaultdict(list)
+        self._finishing: deque[Future[None]] = deque()
+        self._error: BaseException | None = None
 
-    def put(self, name: str, data: memoryview | bytes | bytearray) -> None:
-        """Hand over the bytes of one tensor; they must not change any more."""
-        size = memoryview(data).nbytes
-        while self._waiting and (self._behind + size > self._budget or self._waiting[0][1].done()):
-            done, future = self._waiting.popleft()
-            self._behind -= done
-            future.result()
-        future = self._pool.submit(self._writer.put, name, data)
-        self._waiting.append((size, future))
-        self._block.append(future)
-        self._behind += size
+    def put(self, block: str, tensors: Sequence[tuple[str, Data]]) -> None:
+        """Hand over the bytes of tensors of one block; they must not change any more."""
+        size = sum(memoryview(data).nbytes for _, data in tensors)
+        with self._change:
+            while self._error is None and self._behind and self._behind + size > self._budget:
+                self._change.wait()
+            self._raise_error()
+            self._behind += size
+            self._blocks[block].append(self._pool.submit(self._put, tensors, size))
+
+    def _put(self, tensors: Sequence[tuple[str, Data]], size: int) -> None:
+        try:
+            self._writer.put_all(tensors)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            with self._change:
+                self._behind -= size
+                self._change.notify_all()
 
     def finish(self, block: str, then: Callable[[str, float], None]) -> None:
-        """Make all that was put since the last `finish` durable, then call `then` with its digest and the seconds.
+        """Make all that was put of `block` durable, then call `then` with its digest and the seconds.
 
-        Returns at once, but not before the block finished last is done.
+        Returns at once, but not before the block finished last but one is done.
         """
-        self._settle()
-        futures, self._block = self._block, []
-        self._finishing = self._finisher.submit(self._finish, block, futures, then)
+        with self._change:
+            self._raise_error()
+            futures = self._blocks.pop(block, [])
+        while len(self._finishing) > 1:
+            self._finishing.popleft().result()
+        self._finishing.append(self._finisher.submit(self._finish, block, futures, then))
 
     def _finish(self, block: str, futures: list[Future[None]], then: Callable[[str, float], None]) -> None:
         begin = time.perf_counter()
-        for future in futures:
-            future.result()
-        digest = self._writer.sync(block)
-        then(digest, time.perf_counter() - begin)
-        self._writer.finish_blocks([block])
+        try:
+            for future in futures:
+                future.result()
+            digest = self._writer.sync(block)
+            then(digest, time.perf_counter() - begin)
+            self._writer.finish_blocks([block])
+        except BaseException as error:
+            self._fail(error)
+            raise
 
-    def _settle(self) -> None:
-        finishing, self._finishing = self._finishing, None
-        if finishing is not None:
-            finishing.result()
+    def _fail(self, error: BaseException) -> None:
+        with self._change:
+            self._error = self._error or error
+            self._change.notify_all()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def __enter__(self) -> BackgroundWriter:
         return self
@@ -209,13 +273,11 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            # What is being finished gets finished even after an error, so that the journal has it.
-            if error is None:
-                self._settle()
-        finally:
-            self._finisher.shutdown(wait=True)
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        # What is being finished gets finished even after an error, so that the journal has it.
+        self._finisher.shutdown(wait=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if error is None:
+            self._raise_error()
 
 
 def check_finished_shards(out: Path, plan: ShardPlan, done: Iterable[str]) -> None:
@@ -255,7 +317,7 @@ def write_sparse_shards(out: Path, plan: ShardPlan) -> None:
     """
     for shard in plan.shards:
         path = out / shard.file
-        with _disk_errors("Creating a shard failed", path):
+        with disk_errors("Creating a shard failed", path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 _lay_out(handle, shard)

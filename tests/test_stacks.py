@@ -1,0 +1,102 @@
+"""The routed experts as stacks and as modules under llmcompressor's hooks: the same bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4q.calibration import stacks
+from dsv4q.calibration.experts import BatchedExperts, ExpertMemory
+from dsv4q.calibration.kernels import swiglu
+from dsv4q.config import Config, load_config, parse_config
+from dsv4q.quantize import Job
+from runs import CONFIGS, finished_files, run, toy_job
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return toy_job(tmp_path_factory.mktemp("stacks"))
+
+
+def changed(config: Config, **activations: Any) -> Config:
+    raw = config.model_dump(mode="json")
+    return parse_config({**raw, "activations": {**raw["activations"], **activations}})
+
+
+def minmax(config: Config) -> Config:
+    """The same on the same data, with stock observers."""
+    raw = load_config(CONFIGS / "nvfp4-fp8-mtp-minmax.yaml").model_dump(mode="json")
+    return parse_config({**raw, "calibration": config.model_dump(mode="json")["calibration"]})
+
+
+CASES = {
+    "exact": lambda config: config,
+    "minmax": minmax,
+    "routed": lambda config: changed(config, experts="routed", fallback="layer_max"),
+    "headroom": lambda config: changed(config, headroom=3.0),
+    "bound": lambda config: parse_config(
+        {**config.model_dump(mode="json"), "activations": "bound", "calibration": None}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stacks_and_modules_write_the_same_bytes(
+    case: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CASES[case](job.config)
+    fast, slow = (replace(job, config=config, out=tmp_path / name) for name in ("fast", "slow"))
+    run(fast)
+    with monkeypatch.context() as patch:
+        patch.setattr(stacks.ExpertStack, "of", lambda members, memory: None)
+        run(slow)
+    names = [name for name in finished_files(fast.out) if name != "report.json"]
+    assert names and all((fast.out / n).read_bytes() == (slow.out / n).read_bytes() for n in names)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_shipped_schemes_are_known_to_the_stacks(
+    case: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, found = stacks.ExpertStack.of, []
+    monkeypatch.setattr(stacks.ExpertStack, "of", lambda *args: found.append(real(*args)) or found[-1])
+    run(replace(job, config=CASES[case](job.config), out=tmp_path / "out"))
+    assert found and all(stack is not None for stack in found)
+
+
+def random_memory(experts: int) -> ExpertMemory:
+    generator = torch.Generator().manual_seed(experts)
+    shapes = (experts, 2, 32, 64), (experts, 1, 64, 32)
+    return ExpertMemory(*((torch.randn(s, generator=generator) / 8).to(torch.bfloat16) for s in shapes))
+
+
+@pytest.mark.parametrize("all_tokens", [True, False])
+def test_an_expert_that_no_token_reaches_is_told_apart(all_tokens: bool) -> None:
+    experts = BatchedExperts(random_memory(4), 10.0, all_tokens)
+    x = torch.randn(5, 64).to(torch.bfloat16)
+    experts(x, torch.tensor([[0, 2]] * 5), torch.ones(5, 2, dtype=torch.bfloat16))
+    assert experts.seen.tolist() == [True, all_tokens, True, all_tokens]
+    assert experts.counts.tolist() == [5, 0, 5, 0]
+
+
+def test_the_ends_of_several_batches_are_those_of_one(tmp_path: Path) -> None:
+    x, index = torch.randn(12, 64).to(torch.bfloat16), torch.randint(0, 4, (12, 1))
+    share = torch.ones(12, 1, dtype=torch.bfloat16)
+    once, twice = (BatchedExperts(random_memory(4), 10.0, all_tokens=True) for _ in range(2))
+    once(x, index, share)
+    for part in (slice(0, 7), slice(7, 12)):
+        twice(x[part], index[part], share[part])
+    assert torch.equal(once.input_ends, twice.input_ends)
+    assert torch.equal(once.hidden_ends, twice.hidden_ends)
+
+
+def test_a_non_finite_input_shows_in_the_ends() -> None:
+    gate, up = (torch.randn(8, 32).to(torch.bfloat16) for _ in range(2))
+    gate[3, 5] = float("nan")
+    ends = torch.zeros(2)
+    swiglu(gate, up, 10.0, ends)
+    assert bool(ends.isnan().all())
