@@ -1,154 +1,185 @@
-"""Full-width DeepSeek-V4 layers through `dsv4q quantize`: seconds per stage, peaks, and the machine's own ceilings.
+"""Full-width DeepSeek-V4 layers: stock llmcompressor, `dsv4q quantize`, and what the machine allows, in one run.
 
     python scripts/bench_layer.py WORK [--layers 3] [--samples 64] [--length 512] [--micro-batch 8] [--device cuda]
-                                  [--config configs/nvfp4-fp8-mtp.yaml] [--verify]
+        [--config configs/nvfp4-fp8-mtp.yaml] [--source FOLDER] [--only ceilings,stock,sink,files]
+        [--stock-batches 1,8] [--stock-layers K] [--double] [--profile] [--verify] [--json FILE] [--width full|toy]
 
-Makes a source of K layers of the real width in WORK/source (hidden 4096, 256 experts of 2048; 13.2 GB of BF16 each;
-weights on the MXFP4 and FP8 grids, made on the device), unless it is there, quantizes it into WORK/artifact and prints
-a table. Layers are sliding, ratio 4 and ratio 128 in turn, the first of them routed by hash.
+Makes a source of K layers of the real width (hidden 4096, 256 experts of 2048; 13.2 GB of BF16 each; weights on the
+MXFP4 and FP8 grids) in WORK/source, or FOLDER, unless it is there, and lets all parts work on the same files, each in
+a process of its own, so that its peaks are its own. Prints Markdown tables.
+
+    ceilings  storage in WORK, page cache, copies, matmul, sha256 (ceilings.py)
+    stock     llmcompressor's sequential pipeline and save, per batch size (bench_stock.py)
+    sink      dsv4q with the bytes dropped after they were encoded and copied to the host (bench_dsv4q.py)
+    files     dsv4q quantize with real, fsynced shards
+
+`--double` runs the sink on 2K layers too, for the peaks. A source in /dev/shm is in memory for certain; one on a disk
+may still be on its way there and slow the writes that are measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dsv4q.calibration.encode import fp8_block_decode, fp8_block_encode
-from dsv4q.calibration.exact import fp8_block_scales, round_e2m1
-from dsv4q.checkpoint.layout import Dims, Role, TensorSpec
-from dsv4q.config import load_config, parse_config
-from dsv4q.console import Console, Mode, human_bytes
-from dsv4q.quantize import Job, quantize
-from dsv4q.toy import RANDOM, Form, ToyConfig, random_values, write_toy
+from bench_dsv4q import add_settings
+from bench_source import dimensions, first_layers, write_source
+from bench_tables import tables
+
+HERE = Path(__file__).parent
+PARTS = ("ceilings", "stock", "sink", "files")
 
 
-def wide(layers: int) -> ToyConfig:
-    """The real width with a small vocabulary and no MTP block, which is only copied."""
-    return ToyConfig(
-        hidden_size=4096, moe_intermediate_size=2048, n_routed_experts=256, num_experts_per_tok=6,
-        num_attention_heads=64, head_dim=512, qk_rope_head_dim=64, q_lora_rank=1024, o_groups=8, o_lora_rank=1024,
-        index_n_heads=64, index_head_dim=128, index_topk=512, sliding_window=128,
-        compress_ratios=tuple((0, 4, 128)[i % 3] for i in range(layers)), num_hash_layers=1,
-        num_nextn_predict_layers=0, shards=3 * layers,
-    )  # fmt: skip
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    add_settings(parser)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--width", choices=("full", "toy"), default="full")
+    parser.add_argument("--source", type=Path, help="where the source is or is to be made")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma list of " + ", ".join(PARTS))
+    parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument("--stock-batches", default="1,8")
+    parser.add_argument("--stock-layers", type=int, help="stock on the first so many layers only")
+    parser.add_argument("--double", action="store_true", help="the sink on twice the layers, too")
+    parser.add_argument("--profile", action="store_true", help="the sink once more, one layer under torch.profiler")
+    parser.add_argument("--verify", action="store_true", help="judge the artifact against the source")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="data to measure the storage with")
+    parser.add_argument("--json", type=Path, help="everything that was measured, for machines")
+    options = parser.parse_args()
+    options.parts = [p for p in options.only.split(",") if not (p == "stock" and options.no_stock)]
+    unknown = set(options.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
+    return options
 
 
-def on_the_grid(device: str) -> Form:
-    """What `write_toy` is to write: BF16, large linears made on the device, rounded to MXFP4 or FP8 and back."""
+def child(options: argparse.Namespace, script: str, *arguments: object) -> dict[str, Any]:
+    """Run one of the scripts; the JSON object on the last line of its output.
 
-    def values(spec: TensorSpec, dims: Dims, seed: int) -> tuple[Tensor, ...]:
-        if spec.role not in (Role.ROUTED_EXPERT, Role.ATTENTION, Role.SHARED_EXPERT):
-            return (random_values(spec, dims, seed),)
-        key = int.from_bytes(hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()[:7], "little")
-        generator = torch.Generator(device).manual_seed(key)
-        weight = torch.randn(spec.shape, generator=generator, device=device) / spec.shape[1] ** 0.5
-        if spec.role == Role.ROUTED_EXPERT:
-            blocks = weight.reshape(spec.shape[0], -1, 32)
-            scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(dim=-1, keepdim=True) / 6)))
-            weight = (round_e2m1(blocks / scale) * scale).reshape(spec.shape)
-        else:
-            scale = fp8_block_scales(weight)
-            weight = fp8_block_decode(fp8_block_encode(weight, scale), scale)
-        return (weight.to(torch.bfloat16).cpu(),)
-
-    return replace(RANDOM, values=values)
-
-
-def ceilings(work: Path, device: str) -> dict[str, float]:
-    """GB/s that this machine gives: reading from the page cache, writing with fsync, copies to the device and back."""
-    found: dict[str, float] = {}
-    data = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8)
-    path = work / "ceiling"
-    begin = time.perf_counter()
-    with path.open("wb", buffering=0) as file:
-        file.write(data.numpy().data)
-        os.fsync(file.fileno())
-    found["write, fsync"] = data.numel() / 1e9 / (time.perf_counter() - begin)
-    begin = time.perf_counter()
-    with path.open("rb", buffering=0) as file:
-        view = memoryview(bytearray(data.numel()))
-        while view:
-            view = view[file.readinto(view) :]
-    found["read, page cache, one thread"] = data.numel() / 1e9 / (time.perf_counter() - begin)
-    path.unlink()
-    if device.startswith("cuda"):
-        pinned = data.pin_memory()
-        there = pinned.to(device)
-        for name, copy in (
-            ("pinned host to device", lambda: there.copy_(pinned)),
-            ("device to pinned host", lambda: pinned.copy_(there)),
-        ):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            copy()
-            torch.cuda.synchronize()
-            found[name] = data.numel() / 1e9 / (time.perf_counter() - begin)
+    Raises:
+        subprocess.CalledProcessError: it failed, and has said why on stderr.
+    """
+    command = [sys.executable, str(HERE / script), *map(str, arguments), "--device", options.device]
+    hidden = {} if options.device.startswith("cuda") else {"CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "LLM_COMPRESSOR_LOG_DISABLED": "true", "TQDM_DISABLE": "1", **hidden}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+def settings(options: argparse.Namespace, batch: int) -> list[object]:
+    return ["--config", options.config, "--samples", options.samples, "--length", options.length,
+            "--micro-batch", batch]  # fmt: skip
+
+
+def run_dsv4q(options: argparse.Namespace, source: Path, *flags: str) -> dict[str, Any]:
+    out = fresh(options.work / "artifact")
+    return child(options, "bench_dsv4q.py", source, out, *settings(options, options.micro_batch), *flags)
+
+
+def run_stock(options: argparse.Namespace, source: Path, batch: int) -> dict[str, Any]:
+    out = fresh(options.work / "stock")
+    found = child(options, "bench_stock.py", source, out, *settings(options, batch))
+    shutil.rmtree(out)
+    return found | {"batch": batch}
+
+
+def fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def sources(options: argparse.Namespace) -> dict[int, Path]:
+    """Layers -> checkpoint of that many, all of the same files; makes the largest unless it is there."""
+    whole = options.source or options.work / "source"
+    layers = options.layers * (2 if options.double else 1)
+    if not (whole / "config.json").is_file():
+        begin = time.perf_counter()
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        write_source(whole, dimensions(options.width, layers), options.device)
+        print(f"source of {layers} layers made in {time.perf_counter() - begin:.1f} s\n", flush=True)
+    there = json.loads((whole / "config.json").read_text())["num_hidden_layers"]
+    wanted = {options.layers, layers, options.stock_layers or options.layers}
+    if max(wanted) > there:
+        sys.exit(f"{whole} has {there} layers, {max(wanted)} are wanted: remove it, or name another --source")
+    return {n: whole if n == there else first_layers(whole, whole.with_name(f"{whole.name}-{n}"), n) for n in wanted}
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what this runs."""
+    gpu = torch.cuda.get_device_name() if options.device.startswith("cuda") else "none"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    names = ("torch", "transformers", "llmcompressor", "compressed-tensors")
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": "python scripts/bench_layer.py WORK " + " ".join(sys.argv[2:]),
+        "machine": f"GPU: {gpu}; {len(os.sched_getaffinity(0))} cores, {memory:.0f} GB; {platform.machine()}",
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in names),
+    }
+
+
+def parts(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What was asked for, by name, in order."""
+    of = sources(options)
+    source = of[options.layers]
+    if "ceilings" in options.parts:
+        arguments = (options.work / "ceilings", "--source", source, "--gigabytes", options.gigabytes)
+        yield "ceilings", lambda: child(options, "ceilings.py", *arguments)
+    if "sink" in options.parts:
+        yield "sink", lambda: run_dsv4q(options, source, "--sink")
+        if options.double:
+            yield "double", lambda: run_dsv4q(options, of[2 * options.layers], "--sink")
+        if options.profile:
+            yield "profile", lambda: run_dsv4q(options, source, "--sink", "--profile")["profile"]
+    if "files" in options.parts:
+        yield "files", lambda: run_dsv4q(options, source)
+        if options.verify:
+            yield "verified", lambda: verified(options, source)
+    if "stock" in options.parts:
+        fresh(options.work / "artifact")
+        few = of[options.stock_layers or options.layers]
+        for batch in options.stock_batches.split(","):
+            yield f"stock {batch}", lambda batch=batch: run_stock(options, few, int(batch))  # type: ignore[misc]
+
+
+def verified(options: argparse.Namespace, source: Path) -> dict[str, Any]:
+    """What `verify-shards --deep --source` says of the artifact."""
+    from dsv4q.checkpoint.verify import verify
+
+    begin = time.perf_counter()
+    result = verify(options.work / "artifact", source=source, deep=True, progress=None, device=options.device)
+    return {"seconds": time.perf_counter() - begin, "differences": [d.text() for d in result.differences]}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--config", type=Path, default=Path("configs/nvfp4-fp8-mtp.yaml"))
-    parser.add_argument("--verify", action="store_true", help="judge the artifact against the source afterwards")
-    options = parser.parse_args()
-    source, out = options.work / "source", options.work / "artifact"
-    if not (source / "config.json").is_file():
-        begin = time.perf_counter()
-        write_toy(source, wide(options.layers), form=on_the_grid(options.device))
-        print(f"source of {options.layers} layers made in {time.perf_counter() - begin:.1f} s", flush=True)
-    shutil.rmtree(out, ignore_errors=True)
-    report = quantize(Job(source, out, config(options), device=options.device), Console(Mode.QUIET))
-    show(report, ceilings(options.work, options.device))
-    if options.verify:
-        from dsv4q.checkpoint.verify import verify
-
-        begin = time.perf_counter()
-        result = verify(out, source=source, deep=True, progress=None, device=options.device)
-        print(f"verified in {time.perf_counter() - begin:.1f} s: {len(result.differences)} differences")
-        for difference in result.differences[:5]:
-            print(difference)
-
-
-def config(options: argparse.Namespace) -> Any:
-    """The chosen config on the toy's samples, without the MTP block that the source lacks."""
-    raw = load_config(options.config).model_dump(mode="json")
-    if raw["calibration"]:
-        raw["calibration"] |= {
-            "dataset": "chat_samples.jsonl", "split": None, "samples": options.samples, "max_length": options.length,
-            "micro_batch": options.micro_batch,
-        }  # fmt: skip
-    raw["mtp"] = {"keep": False, "shared_head_copies": False}
-    raw["output"]["shards"] = 3
-    return parse_config(raw)
-
-
-def show(report: dict[str, Any], found: dict[str, float]) -> None:
-    stages = sorted({stage for block in report["blocks"] for stage in block["seconds"]})
-    print("| block | " + " | ".join(stages) + " | all |\n|---" * 1 + "|---" * (len(stages) + 1) + "|")
-    for block in report["blocks"]:
-        cells = [f"{block['seconds'].get(stage, 0):.2f}" for stage in stages]
-        total = sum(seconds for stage, seconds in block["seconds"].items() if stage != "sync")
-        print(f"| {block['block']} | " + " | ".join(cells) + f" | {total:.2f} |")
-    print(f"whole run {report['seconds']['this_process']:.1f} s; peak " + ", ".join(
-        f"{name} {human_bytes(n)}" for name, n in report["peak_memory"].items()))  # fmt: skip
-    for role, errors in report["errors"].items():
-        print(f"{role}: {errors['exact']} of {errors['tensors']} exact, relative error {errors['relative_error']:.4%}")
-    print("; ".join(f"{name} {speed:.1f} GB/s" for name, speed in found.items()), flush=True)
+    options = parse()
+    found: dict[str, Any] = {**machine(options), "layers": options.layers, "samples": options.samples,
+                             "length": options.length, "micro_batch": options.micro_batch}  # fmt: skip
+    failed = []
+    for name, measure in parts(options):
+        try:
+            found[name] = measure()
+        except subprocess.CalledProcessError:
+            failed.append(name)
+        if options.json:  # after each part, for a later one may not come to its end
+            options.json.write_text(json.dumps(found, indent=1))
+    print(tables(found))
+    if failed or found.get("verified", {}).get("differences"):
+        sys.exit(f"failed: {', '.join(failed) or 'the artifact is not as it must be'}")
 
 
 if __name__ == "__main__":

@@ -27,18 +27,23 @@ TOY = str(CONFIGS / "toy.yaml")
 
 OPTIONS = {
     "toy": ["--config/-c", "--seed", "--grid", "--native", "--json", "--quiet/-q"],
-    "plan": ["--config/-c", "--skeleton", "--json", "--quiet/-q"],
+    "plan": ["--config/-c", "--ranks", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [
         "--config/-c", "--data", "--device", "--resume/--no-resume", "--dry-run", "--json", "--quiet/-q",
     ],
+    "rehearse": ["--config/-c", "--source", "--layers", "--keep", "--device", "--json", "--quiet/-q"],
     "dequantize": ["--shards", "--resume/--no-resume", "--json", "--quiet/-q"],
     "verify-shards": ["--source", "--deep", "--device", "--json", "--quiet/-q"],
+    "eval": [
+        "--reference", "--data", "--samples", "--length", "--micro-batch", "--device", "--save", "--json", "--quiet/-q",
+    ],
 }  # fmt: skip
 """Every option of every command: a new one is a decision, and then it is added here and to the README."""
 
 ARGUMENTS = {
-    "toy": ["OUT"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "dequantize": ["NATIVE", "OUT"],
-    "verify-shards": ["ARTIFACT"],
+    "toy": ["OUT"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
+    "dequantize": ["NATIVE", "OUT"],
+    "verify-shards": ["ARTIFACT"], "eval": ["ARTIFACT"],
 }  # fmt: skip
 
 
@@ -366,10 +371,10 @@ def test_a_resumed_run_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest
     line = ("quantize", folder / "source", tmp_path / "out", "-c", TOY)
     real = BlockStream._decoder_block
 
-    def stop(self: BlockStream, index: int, *rest: Any) -> Any:
-        if index == 2:
+    def stop(self: BlockStream, block: Any, *rest: Any, encode: bool) -> None:
+        if block.name == "layers.2":
             raise KeyboardInterrupt
-        return real(self, index, *rest)
+        real(self, block, *rest, encode=encode)
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockStream, "_decoder_block", stop)

@@ -15,7 +15,7 @@ from safetensors import deserialize
 
 from dsv4q.checkpoint.plan import Plan, make_plan
 from dsv4q.checkpoint.source import scan
-from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
+from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.config import load_config
 from dsv4q.errors import DiskError, OutputError
 from dsv4q.toy import ToyConfig
@@ -203,10 +203,13 @@ def test_a_partial_shard_that_was_cut_is_not_given_its_name(plan: Plan, tmp_path
 def test_the_digest_of_a_sync_counts_each_tensor_once(plan: Plan, tmp_path: Path) -> None:
     one, writer = plan.block_tensors("embed")[0], ShardWriter(tmp_path, plan)
     writer.put(one.name, bytes(one.nbytes))
-    line = f"{one.name} {hashlib.sha256(bytes(one.nbytes)).hexdigest()}\n"
-    assert writer.sync("embed") == hashlib.sha256(line.encode()).hexdigest()
-    assert writer.sync("embed") == hashlib.sha256(b"").hexdigest()
+    assert writer.sync("embed") == {one.name: hashlib.sha256(bytes(one.nbytes)).hexdigest()}
+    assert writer.sync("embed") == {}
     writer.close()
+
+
+def test_the_digest_of_a_block_is_that_of_its_lines_in_order() -> None:
+    assert block_digest({"b": "2", "a": "1"}) == hashlib.sha256(b"a 1\nb 2\n").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------- write behind
@@ -220,7 +223,7 @@ def write_behind(plan: Plan, out: Path, budget: int, threads: int = 4) -> list[t
         for block in plan.blocks:
             for tensor in plan.block_tensors(block):
                 behind.put(tensor.block, [(tensor.name, content(tensor.name, tensor.nbytes))])
-            behind.finish(block, lambda digest, _, block=block: done.append((block, digest)))  # type: ignore[misc]
+            behind.finish(block, lambda found, _, block=block: done.append((block, block_digest(found))))
     writer.close()
     return done
 

@@ -116,6 +116,7 @@ def plan(
     skeleton: Annotated[
         Path | None, typer.Option(help="Write the planned artifact here as sparse files: true headers, no data.")
     ] = None,
+    ranks: Annotated[int, typer.Option(min=1, max=4096, help="Say what each of so many ranks would do.")] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -124,16 +125,18 @@ def plan(
     Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
     from dsv4q.checkpoint.native import scan_source
-    from dsv4q.checkpoint.plan import free_bytes, make_plan
+    from dsv4q.checkpoint.plan import free_bytes, make_plan, rank_shares
     from dsv4q.config import load_config
-    from dsv4q.show import show_plan
+    from dsv4q.show import show_plan, show_ranks
 
     console = _console(as_json, quiet)
     parsed = load_config(config)
     with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
-    console.data(made.as_dict())
+    console.data(made.as_dict() | ({"ranks": rank_shares(made, ranks)} if ranks > 1 else {}))
     show_plan(made, console)
+    if ranks > 1:
+        show_ranks(rank_shares(made, ranks), console)
     if skeleton is not None and not made.problems:
         from dsv4q.checkpoint.finish import write_skeleton
 
@@ -188,6 +191,41 @@ def quantize(
     console.data(report)
     show_report(report, console)
     console.print(f"{out} is complete. Check every byte with: dsv4q verify-shards {out} --deep --source {source}")
+
+
+@app.command()
+def rehearse(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder on the disk to rehearse with.")],
+    config: ConfigFile,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="A config.json, or a folder with one; DeepSeek-V4-Flash's if left out. No weights are read."),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many main layers, of every kind, and proportionally fewer shards."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the shards: OUT becomes a complete artifact.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try a whole run on this machine without the checkpoint.
+
+    Tells time, memory and disk before the download: the same as quantize at the real dimensions, but weights are made
+    up as they are read, and each shard is verified and then deleted. Exit code 3 if a shard is not as it must be.
+    """
+    from dsv4q import rehearse as story
+    from dsv4q.config import load_config
+    from dsv4q.rehearsal_result import show_rehearsal
+
+    console = _console(as_json, quiet)
+    wanted = story.Rehearsal(out, load_config(config), source or story.FLASH, layers, keep, device)
+    result = story.rehearse(wanted, console)
+    console.data(result)
+    show_rehearsal(result, console)
+    if result["differences"]:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -257,6 +295,41 @@ def verify_shards(
     if not result.ok:
         raise typer.Exit(3)
     console.talk(f"verified in {human_seconds(result.seconds)}")
+
+
+@app.command("eval")
+def eval_(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="Checkpoint to judge: quantized, BF16 or native.")
+    ],
+    reference: Annotated[Path, typer.Option(help="Checkpoint that it was made from; its tokenizer is used.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text file, or JSONL with messages or text; else the reference's heldout.jsonl or .txt."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Texts.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of each text.")] = 512,
+    micro_batch: Annotated[int, typer.Option(help="Texts computed at once.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    save: Annotated[bool, typer.Option("--save", help="Write the result to ARTIFACT/eval.json as well.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the artifact with its source over a text.
+
+    Runs both, block by block: perplexity, KL divergence, agreement, error of the residual streams, and how many
+    drafts of MTP the main model would accept. Inputs of quantized linears are rounded as the kernels do.
+    """
+    from dsv4q import evaluate as story
+    from dsv4q.evaluation.data import DataRequest
+    from dsv4q.evaluation.show import show_evaluation
+
+    console = _console(as_json, quiet)
+    request = DataRequest(file=data, samples=samples, length=length, micro_batch=micro_batch)
+    job = story.Job(artifact=artifact, reference=reference, data=request, device=device, save=save)
+    result = story.evaluate(job, console)
+    console.data(result)
+    show_evaluation(result, console)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +33,7 @@ from dsv4q.checkpoint.plan import (
     shard_name,
 )
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
+from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
 from dsv4q.errors import Dsv4qError, SourceError
 from dsv4q.interrupt import stoppable
@@ -112,9 +112,9 @@ def _run_blocks(job: Job, plan: ShardPlan, source: Checkpoint, journal: Journal,
         writer.close()
 
 
-def _line(journal: Journal, block: str) -> Callable[[str, float], None]:
+def _line(journal: Journal, block: str) -> Callable[[Mapping[str, str], float], None]:
     """Tells the journal, once the block is on disk."""
-    return lambda digest, seconds: journal.finish_block(block, {"digest": digest})
+    return lambda digests, seconds: journal.finish_block(block, {"digest": block_digest(digests)})
 
 
 def _plan(job: Job, source: Checkpoint) -> ShardPlan:

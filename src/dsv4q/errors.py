@@ -94,6 +94,10 @@ class DeviceError(Dsv4qError):
     """No such device, or it has too little memory."""
 
 
+class RankError(Dsv4qError):
+    """Another rank of a job on several GPUs is gone, or the recipe is not for several."""
+
+
 class DiskError(Dsv4qError):
     """Too little disk, or the disk failed."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from dsv4q.checkpoint.plan import (
     first_problem,
     free_bytes,
     make_plan,
+    rank_shares,
     require_weights,
     with_problem,
 )
@@ -35,12 +36,13 @@ from dsv4q.console import Console
 from dsv4q.device import usable_device
 from dsv4q.errors import DataError, DeviceError, Dsv4qError
 from dsv4q.interrupt import stoppable
-from dsv4q.report import build_report
+from dsv4q.report import build_report, peak_memory
 
 if TYPE_CHECKING:
     import torch
 
     from dsv4q.calibration.data import CalibrationData, DataSpec
+    from dsv4q.calibration.dist import Ranks
     from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP
 
 TESTED = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors")
@@ -69,6 +71,12 @@ class Run:
     device: torch.device
     make_writer: Callable[[Path, ShardPlan], ShardWriter] = ShardWriter
     begin: float = field(default_factory=time.time)
+    ranks: Ranks | None = None
+    """Of several, this process; None without torchrun."""
+
+    @property
+    def is_leader(self) -> bool:
+        return self.ranks is None or self.ranks.is_leader
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the bytes of the artifact."""
@@ -109,23 +117,45 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         Dsv4qError: a named reason; finished blocks are kept and the same command goes on from there.
     """
     plan = _possible(job)
-    with open_source(job.source) as source:
-        run = _begin(job, plan, source)
+    from dsv4q.calibration.dist import ranks
+
+    with open_source(job.source) as source, ranks(job.device) as here:
+        run = _begin(job, plan, source, ranks=here)
         identity = run.identity()
-        if is_finished(job.out):
+        # Every rank has looked at OUT before one of them changes it.
+        here.wait_for_all()
+        if here.from_leader(is_finished(job.out)):
             return already_there(job.out, identity, resume=job.resume)
-        journal = Journal.open(job.out, identity, resume=job.resume)
+        journal = _journal(job, run, identity, console)
         try:
-            if journal.done:
-                console.talk(f"Resuming: {len(journal.done)} of {len(plan.blocks)} blocks are done")
-                check_finished_shards(job.out, plan, journal.done)
             report = run_blocks(run, journal, identity, console)
-            write_small_files(job.out, job.source, plan, report)
-            journal.remove()
+            if run.is_leader:
+                write_small_files(job.out, job.source, plan, report)
+                journal.remove()
+            here.wait_for_all()
         finally:
             journal.close()
-    require_verified(job.out)
+    if run.is_leader:
+        require_verified(job.out)
     return report
+
+
+def _journal(job: Job, run: Run, identity: dict[str, Any], console: Console) -> Journal:
+    """The journal, kept by rank 0; the others follow it."""
+    if not run.is_leader:
+        assert run.ranks is not None
+        return Journal.follow(job.out, run.ranks.from_leader(None))
+    journal = Journal.open(job.out, identity, resume=job.resume)
+    try:
+        if journal.done:
+            console.talk(f"Resuming: {len(journal.done)} of {len(run.plan.blocks)} blocks are done")
+            check_finished_shards(job.out, run.plan, journal.done)
+        if run.ranks is not None:
+            run.ranks.from_leader(journal.done)
+    except BaseException:
+        journal.close()
+        raise
+    return journal
 
 
 def quantize_blocks(
@@ -136,7 +166,7 @@ def quantize_blocks(
     For measurements: no index and no small files are written, nothing is verified, and the work folder is removed.
 
     Args:
-        make_writer: makes the writer of (OUT, plan); one that keeps no bytes overrides put, sync and finish_blocks.
+        make_writer: makes the writer of (OUT, plan); one that keeps no bytes overrides put_all, sync, finish_blocks.
 
     Raises:
         Dsv4qError: as `quantize`.
@@ -162,25 +192,33 @@ def _possible(job: Job) -> Plan:
 
 
 def _begin(
-    job: Job, plan: Plan, source: Checkpoint, make_writer: Callable[[Path, ShardPlan], ShardWriter] = ShardWriter
+    job: Job,
+    plan: Plan,
+    source: Checkpoint,
+    make_writer: Callable[[Path, ShardPlan], ShardWriter] = ShardWriter,
+    ranks: Ranks | None = None,
 ) -> Run:
     begin = time.time()
-    device = run_device(job.device, plan)
+    device = run_device(job.device if ranks is None else ranks.device_name(job.device), plan)
     data = _load_data(job, plan)
     _same_threads(job)
-    return Run(job.out, plan, source, data, device, make_writer, begin)
+    return Run(job.out, plan, source, data, device, make_writer, begin, ranks)
 
 
 def run_blocks(run: Run, journal: Journal, identity: dict[str, Any], console: Console) -> dict[str, Any]:
     """Every block that the journal does not know as done; returns the report."""
     _run_blocks(run, journal, console)
-    return build_report(run.plan, journal.done, identity, run.data, seconds=time.time() - run.begin)
+    shares = run.ranks.share.count if run.ranks is not None else 1
+    peaks = run.ranks.gathered(peak_memory()) if run.ranks is not None else [peak_memory()]
+    ranks = [share | {"peak_memory": peak} for share, peak in zip(rank_shares(run.plan, shares), peaks, strict=False)]
+    return build_report(run.plan, journal.done, identity, run.data, seconds=time.time() - run.begin, ranks=ranks)
 
 
 def _run_blocks(run: Run, journal: Journal, console: Console) -> None:
     """`oneshot` on a model without memory, with our pipeline; it reads, calibrates, encodes and writes."""
     plan = run.plan
     writer = run.make_writer(run.out, plan)
+    writer.names_shards = run.is_leader
     if all(block in journal.done for block in plan.blocks if plan.block_tensors(block)):
         writer.finish_blocks(plan.blocks)
         return
@@ -204,7 +242,10 @@ def _run_blocks(run: Run, journal: Journal, console: Console) -> None:
                 progress.advance(nbytes)
 
             def stream(model: DeepseekV4ForCausalLMWithMTP) -> BlockStream:
-                return BlockStream(model, plan, run.source, behind, journal, run.data, run.device, advance, check_stop)
+                stream = BlockStream(
+                    model, plan, run.source, behind, journal, run.data, run.device, advance, check_stop
+                )
+                return stream if run.ranks is None else replace(stream, ranks=run.ranks)
 
             run_oneshot(plan, journal.folder, stream)
     finally:
@@ -278,6 +319,8 @@ def run_device(name: str, plan: Plan) -> torch.device:
     if device.type == "cuda":
         import torch
 
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and events are those of the current device
         free, total = torch.cuda.mem_get_info(device)
         if total < plan.estimate.gpu:
             raise DeviceError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,14 @@ def build_report(
     data: CalibrationData | None,
     *,
     seconds: float,
+    ranks: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The report of a finished run.
 
     Args:
         done: journal records by block.
         seconds: wall time of this process' part; earlier parts count only in the blocks' own times.
+        ranks: what each rank read, computed and wrote, and its peak memory.
     """
     blocks = [dict(done[block]) for block in plan.blocks if block in done]
     return {
@@ -50,6 +52,7 @@ def build_report(
         "blocks": blocks,
         "seconds": {"this_process": round(seconds, 3), "blocks": round(sum(_block_seconds(b) for b in blocks), 3)},
         "peak_memory": peak_memory(),
+        "ranks": [dict(rank) for rank in ranks],
         "identity": dict(identity),
     }
 
@@ -62,7 +65,7 @@ def _calibration(plan: Plan, data: CalibrationData) -> dict[str, Any]:
 
 
 def _block_seconds(block: Mapping[str, Any]) -> float:
-    return sum(block["seconds"].values())
+    return sum(seconds for stage, seconds in block["seconds"].items() if stage != "done_at")
 
 
 def _errors(blocks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.plan import Plan
@@ -65,13 +65,29 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"(if one is used), disk {human_bytes(needs['disk_bytes'])}"
         + ("" if free is None else f" ({human_bytes(free)} free here)")
     )
-    console.print(f"data       {needs['calibration_tokens']:,} calibration tokens")
+    streams = f"; residual streams {human_bytes(needs['streams_bytes'])}, kept {needs['streams_kept']}"
+    console.print(
+        f"data       {needs['calibration_tokens']:,} calibration tokens{streams if needs['streams_bytes'] else ''}"
+    )
     if not plan.problems:
         console.print("problems   none")
     for problem in plan.problems[:SHOWN]:
         console.error(problem)
     if len(plan.problems) > SHOWN:
         console.warn(f"{len(plan.problems) - SHOWN} more problems; --json lists them all")
+
+
+def show_ranks(shares: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """What each of several ranks reads, computes and writes."""
+    console.table(
+        "Ranks",
+        ["rank", "reads", "micro-batches", "encodes linears", "writes"],
+        [
+            [str(s["rank"]), human_bytes(s["read_bytes"]), str(s["micro_batches"]), f"{s['encoded_linears']:,}",
+             human_bytes(s["write_bytes"])]
+            for s in shares
+        ],
+    )  # fmt: skip
 
 
 def _forms(forms: dict[str, int]) -> str:

@@ -31,6 +31,8 @@ from torch.nn.functional import pad
 NVFP4_GROUP = 16
 FP8_BLOCK = 128
 E2M1_MAX = 6.0
+TILE = 1 << 18
+"""Elements that a CPU works on at once: some twenty passes go over them, and their temporaries fit its cache."""
 E4M3_MAX = 448.0
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -206,12 +208,16 @@ def error_sums(weights: Tensor, stored: Tensor) -> Tensor:
     reference = weights.to(torch.float32)
     # Bits, not values: a -0 that became +0 is not the source's element.
     same = (stored.view(torch.int32) == reference.view(torch.int32)).flatten(1).sum(dim=1)
+    squares = reference.square().sum(dim=(1, 2), dtype=torch.float64)
+    if not weights.is_cuda and int(same.sum()) == reference.numel():
+        none = torch.zeros_like(squares)
+        return torch.stack([none + 1, none, squares, none], dim=1)
     difference = stored - reference
     return torch.stack(
         [
             same.to(torch.float64) / reference[0].numel(),
             difference.square().sum(dim=(1, 2), dtype=torch.float64),
-            reference.square().sum(dim=(1, 2), dtype=torch.float64),
+            squares,
             difference.abs().amax(dim=(1, 2)).to(torch.float64),
         ],
         dim=1,

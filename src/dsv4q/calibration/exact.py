@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, FP8_BLOCK, NVFP4_GROUP
+from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, FP8_BLOCK, NVFP4_GROUP, TILE
 from dsv4q.calibration.kernels import nvfp4_grid_bits
 
 WINDOW = (-9, 8)
@@ -72,6 +72,15 @@ class Grid:
 @torch.no_grad()
 def nvfp4_grid(weight: Tensor) -> Grid:
     """Interval of exact exponents of every block of a weight [..., M, N] (BF16, F16 or F32), N a multiple of 16."""
+    if not weight.is_cuda and weight.numel() > TILE and weight.is_contiguous():
+        rows = weight.reshape(-1, weight.shape[-1])
+        parts = [nvfp4_grid(part) for part in torch.split(rows, max(1, TILE // rows.shape[1]))]
+        if len(parts) > 1:
+            shape = (*weight.shape[:-1], weight.shape[-1] // NVFP4_GROUP)
+            lower, upper, amax = (
+                torch.cat(found) for found in zip(*((p.lower, p.upper, p.amax) for p in parts), strict=True)
+            )
+            return Grid(lower.view(shape), upper.view(shape), amax.view(shape))
     if weight.dtype is torch.bfloat16:
         by_kernel = nvfp4_grid_bits(weight)
         found = _bf16_grid(weight) if by_kernel is None else Grid(*by_kernel)
@@ -158,12 +167,19 @@ def _global_exponent(grid: Grid) -> Tensor:
 
 def _search(weight: Tensor, amax: Tensor, global_scale: Tensor, wanted: Tensor) -> Tensor:
     """Best E4M3 block scale, F32 [n], of the n blocks where `wanted` [T, P, M, G] is true."""
-    blocks = _groups(weight)[wanted].to(torch.float32)
-    divisor = global_scale.expand_as(amax)[wanted]
-    ideal = (amax[wanted] / E2M1_MAX * divisor).clamp(max=E4M3_MAX)
+    blocks, divisor, largest = _groups(weight)[wanted], global_scale.expand_as(amax)[wanted], amax[wanted]
+    step = len(blocks) if weight.is_cuda else TILE // NVFP4_GROUP
+    parts = (torch.split(whole, max(1, step)) for whole in (blocks, divisor, largest))
+    return torch.cat([_best_scale(*part) for part in zip(*parts, strict=True)])
+
+
+def _best_scale(blocks: Tensor, divisor: Tensor, amax: Tensor) -> Tensor:
+    """The same for blocks [n, 16] with their global scale and largest magnitude, both F32 [n]."""
+    blocks = blocks.to(torch.float32)
+    ideal = (amax / E2M1_MAX * divisor).clamp(max=E4M3_MAX)
     start = ideal.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
     # Errors are compared in units of the block's own binade, or their squares would leave F32's range.
-    _, binade = torch.frexp(amax[wanted])
+    _, binade = torch.frexp(amax)
     unit_of_error = _power_of_two((-binade).clamp(-126, 127)).unsqueeze(-1)
     best = torch.full_like(ideal, torch.inf)
     scale = torch.ones_like(ideal)

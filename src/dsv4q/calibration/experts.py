@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from dsv4q.calibration.dist import Ranks
 from dsv4q.calibration.kernels import swiglu
 from dsv4q.checkpoint.layout import Dims, TensorSpec
 
@@ -99,6 +100,11 @@ class BatchedExperts:
         weight = self.memory.gate_up
         self.input_ends, self.hidden_ends = (_no_ends(len(weight), weight.device).to(weight.dtype) for _ in range(2))
         self.counts = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+
+    def gather(self, ranks: Ranks) -> None:
+        """Take in what the other ranks saw."""
+        self.input_ends, self.hidden_ends = ranks.widest(torch.stack([self.input_ends, self.hidden_ends])).unbind()
+        ranks.total(self.counts)
 
     @property
     def seen(self) -> Tensor:

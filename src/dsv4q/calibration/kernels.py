@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dsv4q.calibration.encode import error_sums, nvfp4_decode, nvfp4_encode
+from dsv4q.calibration.encode import TILE, error_sums, nvfp4_decode, nvfp4_encode
 
 
 @cache
@@ -66,8 +66,33 @@ def nvfp4_encode_measured(
             weight, block_scale.contiguous(), global_scale.contiguous(), keep_negative_zero
         )
         return found
-    packed = nvfp4_encode(weight, block_scale, global_scale, keep_negative_zero=keep_negative_zero)
+    if weight.is_cuda:
+        return _encode_measured(weight, block_scale, global_scale, keep_negative_zero)
+    return _encode_measured_in_tiles(weight, block_scale, global_scale, keep_negative_zero)
+
+
+def _encode_measured(weight: Tensor, block_scale: Tensor, global_scale: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    packed = nvfp4_encode(weight, block_scale, global_scale, keep_negative_zero=keep)
     return packed, error_sums(weight, nvfp4_decode(packed, block_scale, global_scale))
+
+
+def _encode_measured_in_tiles(
+    weight: Tensor, block_scale: Tensor, global_scale: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Several small tensors at a time, or some rows of a large one."""
+    tensors, rows, columns = weight.shape
+    packed = torch.empty(tensors, rows, columns // 2, dtype=torch.uint8)
+    sums = torch.zeros(tensors, 4, dtype=torch.float64)
+    together, step = max(1, TILE // (rows * columns)), max(1, TILE // columns)
+    for t in range(0, tensors, together):
+        some = slice(t, t + together)
+        for row in range(0, rows, step):
+            part = (some, slice(row, row + step))
+            packed[part], found = _encode_measured(weight[part], block_scale[part], global_scale[some], keep)
+            found[:, 0] *= weight[part].shape[1] / rows
+            sums[some, :3] += found[:, :3]
+            sums[some, 3] = torch.maximum(sums[some, 3], found[:, 3])
+    return packed, sums
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from dsv4q.calibration.experts import ExpertMemory
 from dsv4q.calibration.measure import tensor_bytes
 from dsv4q.checkpoint.ahead import loaded_ahead
 from dsv4q.checkpoint.layout import Role, TensorSpec
+from dsv4q.checkpoint.shares import Share
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import WeightError
 
@@ -42,7 +43,13 @@ class Item:
     spec: TensorSpec
     to_device: bool
     write_as: tuple[str, ...]
-    """Names under which its bytes go into the artifact as they are."""
+    """Names under which its bytes go into the artifact as they are; empty if another rank sees to that."""
+    given: bool = False
+    """Another rank reads it and sends it."""
+
+    @property
+    def is_read(self) -> bool:
+        return bool(self.write_as) or (self.to_device and not self.given)
 
 
 @dataclass
@@ -133,7 +140,7 @@ class Loader:
         """
         for _ in range(self.slots):
             self._free.put(None)
-        items = [item for _, part in wanted for item in part]
+        items = [item for _, part in wanted for item in part if item.is_read]
         threads = READ_THREADS if self.device.type == "cuda" else 1
         with loaded_ahead(items, self._read, lambda i: i.spec.nbytes, budget=self.budget, threads=threads) as read:
             made = self._load(wanted, read)
@@ -180,14 +187,16 @@ class Loader:
                 return
             with torch.cuda.stream(stream):
                 for item in items:
-                    found, tensor = next(read)
-                    assert found is item, f"{item.spec.name} is wanted, {found.spec.name} comes"
+                    tensor = None
+                    if item.is_read:
+                        found, tensor = next(read)
+                        assert found is item, f"{item.spec.name} is wanted, {found.spec.name} comes"
                     memory = self._place(block, item, tensor, memory)
                     if self._stop.is_set():
                         return
                 block.slot = memory
                 if block.experts is not None:
-                    block.ends.extend(block.experts.ends(block.tensors))
+                    block.ends.extend(block.experts.ends([i.spec for i in items if i.to_device and not i.given]))
                 block.ready = stream.record_event() if stream is not None else None
             yield block
 
@@ -200,11 +209,11 @@ class Loader:
                     return None
 
     def _place(
-        self, block: LoadedBlock, item: Item, tensor: torch.Tensor, memory: ExpertMemory | None
+        self, block: LoadedBlock, item: Item, tensor: torch.Tensor | None, memory: ExpertMemory | None
     ) -> ExpertMemory | None:
         """One tensor to where it is wanted; returns the slot's memory, which the first expert brings into being."""
         spec = item.spec
-        if item.write_as:
+        if item.write_as and tensor is not None:
             self.put(block.name, [(name, tensor_bytes(tensor)) for name in item.write_as])
         if not item.to_device:
             self.advance(block.name, spec.nbytes)
@@ -213,8 +222,10 @@ class Loader:
             if memory is None:
                 memory = self.memory()
             memory.wait_until_free()
-            block.tensors[spec] = memory.view(spec).copy_(tensor, non_blocking=True)
+            there = memory.view(spec)
+            block.tensors[spec] = there if tensor is None else there.copy_(tensor, non_blocking=True)
             return memory
+        assert tensor is not None
         there = tensor.to(self.device, non_blocking=True)
         block.tensors[spec] = there
         if there.is_floating_point():
@@ -256,15 +267,25 @@ class Loader:
 
 
 def items_of(
-    specs: Sequence[TensorSpec], kept: dict[TensorSpec, list[str]], on_device: Callable[[TensorSpec], bool]
+    specs: Sequence[TensorSpec],
+    kept: Mapping[TensorSpec, Sequence[str]],
+    on_device: Callable[[TensorSpec], bool],
+    share: Share,
+    experts: int,
 ) -> dict[str, list[Item]]:
     """What to do with each tensor, by block.
 
     Args:
         specs: tensors of the source in the order of the plan.
         kept: names under which a tensor goes into the artifact as it is.
+        share: this rank's.
+        experts: routed experts of a block.
     """
     found: dict[str, list[Item]] = defaultdict(list)
+    mine = share.experts(experts)
     for spec in specs:
-        found[spec.block].append(Item(spec, on_device(spec), tuple(kept.get(spec, ()))))
+        items = found[spec.block]
+        used, given = on_device(spec), spec.expert is not None and spec.expert not in mine
+        writes = not given if used and spec.expert is not None else share.has(len(items))
+        items.append(Item(spec, used, tuple(kept.get(spec, ())) if writes else (), given))
     return found

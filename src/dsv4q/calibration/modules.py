@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from llmcompressor.observers.min_max import StaticMinMaxObserver
 
 from dsv4q.calibration.encode import E2M1_MAX, E4M3_MAX, error_sums, fp8_block_encode, nvfp4_encode
 from dsv4q.calibration.measure import add_errors, decoded
@@ -21,7 +22,7 @@ from dsv4q.checkpoint.layout import TensorSpec
 from dsv4q.checkpoint.plan import PlannedTensor
 from dsv4q.checkpoint.schemes import NVFP4
 from dsv4q.config import Activations
-from dsv4q.errors import CalibrationError
+from dsv4q.errors import CalibrationError, RankError
 from dsv4q.errorstats import Errors
 
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
@@ -220,6 +221,26 @@ class BlockModules:
             if member.module._parameters.get("input_global_scale") is not None:
                 found[member.projection].append(member)
         return found
+
+    def check_order_does_not_matter(self, every_rank_has_tokens: bool) -> None:
+        """Refuse observers whose statistics several ranks cannot put together to the same bits.
+
+        Raises:
+            RankError: names the first such module.
+        """
+        for member in self.members:
+            observer = member.module._modules.get("input_observer")
+            if observer is None:
+                continue
+            reached = every_rank_has_tokens and member.spec.expert is None
+            if type(observer) is not StaticMinMaxObserver or not reached:
+                raise RankError(
+                    "The statistics of this recipe's observers cannot be put together from several ranks",
+                    where=f"input of {member.spec.module}",
+                    expected="static_minmax, and at least one micro-batch for every rank",
+                    found=type(observer).__name__,
+                    hint="run it in one process, without torchrun",
+                )
 
     def prepare(self) -> None:
         """Give the quantization parameters memory: NaN until the observers fill them, so that no gap passes."""

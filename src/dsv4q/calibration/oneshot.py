@@ -31,7 +31,8 @@ def run_oneshot(plan: Plan, folder: Path, make_stream: Callable[[DeepseekV4ForCa
             a model whose config names another quantization, which a dequantized checkpoint's may well do.
     """
     settings = {key: value for key, value in plan.artifact_config.items() if key != "quantization_config"}
-    home = folder / "model"
+    # Several ranks must not write one file at once.
+    home = folder / f"model.{os.getpid()}"
     home.mkdir(exist_ok=True)
     (home / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     # tokenizers' threads and llmcompressor's dataset workers do not mix; it sets this itself, with a warning

@@ -14,8 +14,9 @@ Shape letters: B batch, S sequence, C hc_mult, D hidden_size.
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 
 from dsv4q.calibration.data import CalibrationData
+from dsv4q.calibration.dist import Ranks
 from dsv4q.calibration.experts import BatchedExperts, ExpertMemory
 from dsv4q.calibration.handover import Handover
 from dsv4q.calibration.load import Item, LoadedBlock, Loader, items_of
@@ -50,12 +52,12 @@ from dsv4q.calibration.modules import (
 )
 from dsv4q.calibration.stacks import ExpertStack
 from dsv4q.calibration.streams import ResidualStreams
-from dsv4q.calibration.upstream import experts_forward
+from dsv4q.calibration.upstream import experts_forward, weights_on_every_rank
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.layout import TensorSpec
 from dsv4q.checkpoint.plan import Plan
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.checkpoint.writer import BackgroundWriter
+from dsv4q.checkpoint.writer import BackgroundWriter, block_digest
 from dsv4q.errors import CalibrationError
 from dsv4q.errorstats import Errors
 
@@ -81,14 +83,26 @@ class Found:
     """What is learnt of one block while it is worked on; tensors of it may still be on their way."""
 
     record: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, Errors] = field(default_factory=lambda: defaultdict(Errors))
-    scales: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    errors: defaultdict[str, Errors] = field(default_factory=partial(defaultdict, Errors))
+    scales: defaultdict[str, list[float]] = field(default_factory=partial(defaultdict, list))
 
     def note_scales(self, members: Sequence[Member], stored: Any) -> None:
         """Remember the global scales among the stored tensors of some members, on the host."""
         for suffix in (name for name in GLOBAL_SCALES if name in stored):
             for member, value in zip(members, stored[suffix].flatten().tolist(), strict=True):
                 self.scales[f"{member.projection}.{suffix}"].append(value)
+
+    @classmethod
+    def merged(cls, parts: Sequence[Found]) -> Found:
+        """What several ranks found of one block; what they found together is the same in all."""
+        whole = cls(record=parts[0].record)
+        for part in parts:
+            for role, errors in part.errors.items():
+                whole.errors[role].merge(errors)
+                whole.errors[role].each.update(errors.each)
+            for name, values in part.scales.items():
+                whole.scales[name].extend(values)
+        return whole
 
     def as_record(self) -> dict[str, Any]:
         """For the journal."""
@@ -115,6 +129,7 @@ class BlockStream:
     """Called with the block's name and the number of source bytes done with."""
     check_stop: Callable[[], None]
     """Called where the run may be stopped; raises KeyboardInterrupt if it shall be."""
+    ranks: Ranks = field(default_factory=Ranks)
 
     def run(self) -> None:
         """Every block that the journal does not know as done.
@@ -122,10 +137,13 @@ class BlockStream:
         Raises:
             WeightError: NaN or Inf in a source tensor.
             CalibrationError: non-finite residual streams, a scale that is not positive and finite.
+            RankError: another rank is gone, or observers need to see all batches in order.
         """
+        self._begin = time.monotonic()
         self._inputs: dict[tuple[int, ...], BlockInputs] = {}
         shapes = [(*ids.shape, self.plan.dims.hc_mult, self.plan.dims.hidden) for ids in self._batches()]
-        self._streams = ResidualStreams(self.journal.folder, self.device, shapes)
+        mine = self.ranks.share.among(len(shapes))
+        self._streams = ResidualStreams(self.journal.folder, self.device, shapes, mine)
         again, todo = self._again(), self._todo()
         loader = Loader(
             self.source,
@@ -147,6 +165,10 @@ class BlockStream:
                 found = Found()
                 with watch.stage("check"):
                     self._put_in_place(block)
+                if block.experts is not None:
+                    with watch.stage("exchange"):
+                        self.ranks.exchange(block.experts.gate_up)
+                        self.ranks.exchange(block.experts.down)
                 if block.name.startswith("layers."):
                     self._decoder_block(block, found, watch, handover, encode=wanted in todo)
                 elif block.name == "embed" and self._is_forward("embed"):
@@ -166,19 +188,30 @@ class BlockStream:
             elif tensor.block == tensor.spec.block:
                 kept[tensor.spec].append(tensor.name)
         specs = [s for s in self.plan.source_specs if s.block in set(blocks)]
-        items = items_of(specs, kept, lambda s: self._is_forward(s.block) or s.name in encoded)
+        items = self._items(specs, kept, lambda s: self._is_forward(s.block) or s.name in encoded)
         return [(block, items[block]) for block in blocks]
+
+    def _items(
+        self,
+        specs: Sequence[TensorSpec],
+        kept: Mapping[TensorSpec, Sequence[str]],
+        on_device: Callable[[TensorSpec], bool],
+    ) -> dict[str, list[Item]]:
+        return items_of(specs, kept, on_device, self.ranks.share, self.plan.dims.experts)
 
     def _again(self) -> list[tuple[str, list[Item]]]:
         """Finished blocks that must be computed once more, for the residual streams behind them were not saved."""
         forward = [block for block in self.plan.blocks if self._is_forward(block)]
         finished = [block for block in forward if block in self.journal.done]
+        if self.ranks.is_leader:
+            self._streams.forget_but(finished)
+        self.ranks.wait_for_all()
         if len(finished) == len(forward) or not finished:
             return []
         saved = self._streams.restore(finished)
         missing = finished[finished.index(saved) + 1 :] if saved else finished
         specs = [s for s in self.plan.source_specs if s.block in set(missing)]
-        items = items_of(specs, {}, lambda _: True)
+        items = self._items(specs, {}, lambda _: True)
         return [(block, items[block]) for block in missing]
 
     def _slots(self) -> int:
@@ -201,8 +234,9 @@ class BlockStream:
         for spec, tensor in block.tensors.items():
             set_tensor(self.model, spec.hf_name, tensor)
         copies = [t for t in self.plan.block_tensors(block.name) if not t.encoded and t.block != t.spec.block]
-        for copy in copies:
-            self.writer.put(block.name, [(copy.name, self.source.read(copy.spec.name))])
+        for number, copy in enumerate(copies):
+            if self.ranks.share.has(number):
+                self.writer.put(block.name, [(copy.name, self.source.read(copy.spec.name))])
 
     def _embed(self, block: LoadedBlock, watch: Stopwatch) -> None:
         self._check_finite(block)
@@ -221,6 +255,8 @@ class BlockStream:
         stack = ExpertStack.of(members, block.experts)
         modules = BlockModules([m for m in members if stack is None or m.spec.expert is None], self.device)
         modules.prepare()
+        if not self.ranks.is_alone:
+            modules.check_order_does_not_matter(len(self._streams.shapes) >= self.ranks.share.count)
         seen: BatchedExperts | None = None
         if self._is_forward(block.name):
             with watch.stage("forward"):
@@ -265,15 +301,19 @@ class BlockStream:
 
             self._streams.through(block.name, compute)
         self._check_finite(block)
-        fine = torch.stack(finite).tolist()
-        if not all(fine):
+        fine = dict(zip(self._streams.mine, torch.stack(finite).tolist() if finite else [], strict=True))
+        if not all(fine.values()):
             raise CalibrationError(
                 "The activations became non-finite while calibrating",
-                where=f"{block.name}, micro-batch {fine.index(False)}",
+                where=f"{block.name}, micro-batch {next(n for n, good in fine.items() if not good)}",
                 expected="finite residual streams",
                 found="NaN or Inf",
                 hint="the source's weights of this layer are damaged or not of this architecture",
             )
+        if experts is not None:
+            experts.gather(self.ranks)
+        else:
+            self.ranks.total(counts)
         found.record["tokens_per_expert"] = counts.tolist()
         return experts
 
@@ -290,7 +330,8 @@ class BlockStream:
         """Find the scales of the inputs, and those of the weights that are calibrated as modules."""
         modules.check_observed()
         modules.settle_weight_scales()
-        LifecycleCallbacks.sequential_epoch_end([m.module for m in modules.members])
+        with weights_on_every_rank():
+            LifecycleCallbacks.sequential_epoch_end([m.module for m in modules.members])
         bounds = self._input_bounds(index)
         activations = self.plan.config.activations
         unseen: set[int] = set()
@@ -334,8 +375,11 @@ class BlockStream:
         watch: Stopwatch,
         handover: Handover,
     ) -> None:
-        for batch in modules.batches():
+        share = self.ranks.share
+        for number, batch in enumerate(modules.batches()):
             self.check_stop()
+            if not share.has(number):
+                continue
             with watch.stage("encode"):
                 stored = batch.encode()
                 batch.measure(stored, found.errors[batch.role])
@@ -344,7 +388,7 @@ class BlockStream:
                 release(member.module)
         if stack is None:
             return
-        parts = stack.parts(range(self.plan.dims.experts))
+        parts = stack.parts(share.experts(self.plan.dims.experts))
         while True:
             self.check_stop()
             with watch.stage("encode"):
@@ -367,16 +411,20 @@ class BlockStream:
 
     def _finish(self, block: str, found: Found, watch: Stopwatch, handover: Handover) -> None:
         """Have the block made durable and written into the journal, behind the computation."""
-        save = self._streams.to_save() if self._is_forward(block) else None
+        wanted = self._is_forward(block) and self.ranks.from_leader(self._streams.should_be_saved)
+        save = self._streams.to_save() if wanted else None
 
-        def on_disk(digest: str, seconds: float) -> None:
+        def on_disk(digests: Mapping[str, str], seconds: float) -> None:
             """Runs in the writer's thread while other blocks compute; the journal's line comes last."""
             if save is not None:
                 save()
-            record = found.as_record()
-            spent = {name: round(value, 4) for name, value in watch.seconds().items()}
-            record["seconds"] = {**spent, "sync": round(seconds, 4)}
-            record["digest"] = digest
+            spent = {**watch.seconds(), "sync": seconds, "done_at": time.monotonic() - self._begin}
+            parts = self.ranks.gathered((found, dict(digests), spent), behind=True)
+            if not self.ranks.is_leader:
+                return
+            record = Found.merged([part for part, _, _ in parts]).as_record()
+            record["seconds"] = {name: round(value, 4) for name, value in spent.items()}
+            record["digest"] = block_digest({name: d for _, part, _ in parts for name, d in part.items()})
             self.journal.finish_block(block, record)
             if save is not None:
                 self._streams.drop_before(block, self.plan.blocks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,15 +36,16 @@ class ResidualStreams:
     Args:
         folder: where they are saved.
         shapes: of each micro-batch.
+        mine: numbers of the micro-batches that this rank has.
     """
 
     folder: Path
     device: torch.device
     shapes: Sequence[Shape]
+    mine: Sequence[int]
     block: str | None = None
     """The block whose output they are."""
-    _held: list[torch.Tensor] = field(default_factory=list)
-    _next: list[torch.Tensor] = field(default_factory=list)
+    _held: dict[int, torch.Tensor] = field(default_factory=dict)
     _saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -57,7 +58,7 @@ class ResidualStreams:
         return self.nbytes > STREAMS_IN_MEMORY
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self.mine)
 
     # ------------------------------------------------------------------------------------------ block after block
 
@@ -69,11 +70,11 @@ class ResidualStreams:
         if self.spilled:
             self._through_disk(block, compute)
         else:
-            self._next = []
-            for number in range(len(self)):
+            made = {}
+            for number in self.mine:
                 before = self._held[number].to(self.device, non_blocking=True) if self.block else None
-                self._next.append(self._keep(compute(number, before)))
-            self._held, self._next = self._next, []
+                made[number] = self._keep(compute(number, before))
+            self._held = made
         self.block = block
 
     def _keep(self, streams: torch.Tensor) -> torch.Tensor:
@@ -86,32 +87,31 @@ class ResidualStreams:
 
     def _through_disk(self, block: str, compute: Callable[[int, torch.Tensor | None], torch.Tensor]) -> None:
         """As `through`: one micro-batch is read ahead and one written behind."""
-        partial = self._file(block, partial=True)
-        with ThreadPoolExecutor(2, thread_name_prefix="dsv4q-spill") as pool, _opened(partial, write=True) as out:
+        path = self._file(block)
+        with ThreadPoolExecutor(2, thread_name_prefix="dsv4q-spill") as pool, _opened(path, write=True) as out:
             before = None if self.block is None else self._file(self.block)
             written: list[Future[None]] = []
-            for number, streams in enumerate(self._read_ahead(before, pool)):
+            for number, streams in zip(self.mine, self._read_ahead(before, pool), strict=True):
                 made = compute(number, None if streams is None else streams.to(self.device))
                 while len(written) > 1:
                     written.pop(0).result()
-                written.append(pool.submit(self._write, out, number, made, partial))
+                written.append(pool.submit(self._write, out, number, made, path))
                 del streams, made
             for future in written:
                 future.result()
-        # Not durable yet, and not believed before the journal knows the block.
-        os.replace(partial, self._file(block))
 
     def _read_ahead(self, path: Path | None, pool: ThreadPoolExecutor) -> Iterator[torch.Tensor | None]:
         if path is None:
-            yield from (None for _ in range(len(self)))
+            yield from (None for _ in self.mine)
             return
         with _opened(path) as file:
-            waiting = pool.submit(self._read, file, 0, path)
-            for number in range(len(self)):
-                streams = waiting.result()
-                if number + 1 < len(self):
-                    waiting = pool.submit(self._read, file, number + 1, path)
-                yield streams
+            waiting = [pool.submit(self._read, file, number, path) for number in self.mine[:1]]
+            for following in (*self.mine[1:], None):
+                if waiting:
+                    streams = waiting.pop().result()
+                    if following is not None:
+                        waiting.append(pool.submit(self._read, file, following, path))
+                    yield streams
 
     def _read(self, file: int, number: int, path: Path) -> torch.Tensor:
         tensor = torch.empty(self.shapes[number], dtype=torch.bfloat16, pin_memory=self.device.type == "cuda")
@@ -132,22 +132,25 @@ class ResidualStreams:
     def _offset(self, number: int) -> int:
         return sum(2 * math.prod(shape) for shape in self.shapes[:number])
 
-    def _file(self, block: str, *, partial: bool = False) -> Path:
-        return self.folder / f"streams.{block}{'.partial' if partial else ''}"
+    def _file(self, block: str) -> Path:
+        return self.folder / f"streams.{block}"
 
     # ----------------------------------------------------------------------------------------------------- saving
 
-    def to_save(self) -> Callable[[], None] | None:
-        """What makes the streams durable, for another thread to call; None while they need not be.
-
-        The newest saved ones are kept, so it is to be called before the journal's line of the block is written.
-        """
+    @property
+    def should_be_saved(self) -> bool:
+        """Whether enough work was done since they were saved last; always where they live on disk anyway."""
         cost = self.nbytes / SAVE_BYTES_PER_SECOND
-        if not self.spilled and time.monotonic() - self._saved_at < WORK_PER_SAVE * cost:
-            return None
+        return self.spilled or time.monotonic() - self._saved_at >= WORK_PER_SAVE * cost
+
+    def to_save(self) -> Callable[[], None]:
+        """What makes this rank's streams durable, for another thread to call.
+
+        A file counts once the journal has the block, so it is to be called before the block's line is written.
+        """
         self._saved_at = time.monotonic()
         assert self.block is not None
-        held, block = list(self._held), self.block
+        held, block = self._held, self.block
         done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
 
         def save() -> None:
@@ -157,14 +160,12 @@ class ResidualStreams:
 
         return save
 
-    def _save(self, block: str, held: Sequence[torch.Tensor]) -> None:
+    def _save(self, block: str, held: Mapping[int, torch.Tensor]) -> None:
         path = self._file(block)
-        partial = path if self.spilled else self._file(block, partial=True)
-        with _opened(partial, write=True) as file, disk_errors("Saving the residual streams failed", partial):
-            for number, streams in enumerate(held):
-                self._write(file, number, streams, partial)
+        with _opened(path, write=True) as file, disk_errors("Saving the residual streams failed", path):
+            for number, streams in held.items():
+                self._write(file, number, streams, path)
             os.fsync(file)
-        os.replace(partial, path)
         fsync_folder(self.folder)
 
     def drop_before(self, block: str, blocks: Sequence[str]) -> None:
@@ -173,6 +174,13 @@ class ResidualStreams:
             for earlier in blocks[: blocks.index(block)]:
                 self._file(earlier).unlink(missing_ok=True)
 
+    def forget_but(self, blocks: Sequence[str]) -> None:
+        """Delete what an earlier process left of blocks that it did not finish."""
+        keep = {self._file(block) for block in blocks}
+        for path in self.folder.glob("streams.*"):
+            if path not in keep:
+                path.unlink()
+
     def restore(self, blocks: Sequence[str]) -> str | None:
         """Take up the newest saved streams among the outputs of finished `blocks`; returns whose they are."""
         for block in reversed(blocks):
@@ -180,7 +188,7 @@ class ResidualStreams:
             if path.is_file() and path.stat().st_size == self.nbytes:
                 if not self.spilled:
                     with _opened(path) as file:
-                        self._held = [self._keep(self._read(file, n, path).to(self.device)) for n in range(len(self))]
+                        self._held = {n: self._keep(self._read(file, n, path).to(self.device)) for n in self.mine}
                 self.block = block
                 return block
         return None

@@ -17,6 +17,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization.lifecycle import apply
 from compressed_tensors.utils import get_direct_state_dict, patch_attr
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modifiers.quantization.quantization import base as modifier_base
 from loguru import logger
 from torch import nn
 from transformers import PreTrainedModel, conversion_mapping
@@ -96,6 +97,19 @@ def experts_forward(experts: nn.Module, forward: Callable[..., torch.Tensor]) ->
         yield
     finally:
         del experts.forward
+
+
+@contextmanager
+def weights_on_every_rank() -> Iterator[None]:
+    """Let `QuantizationModifier` find weight scales on every rank, though it knows that there are several.
+
+    Reason: it splits the weights over ranks and broadcasts the scales, but not those of modules on a CPU. The few
+    linears that are left to it cost less than the broadcast, and each rank finds the same bits. Statistics of
+    activations are still reduced by it. Link: llmcompressor `modifiers/quantization/quantization/base.py`.
+    Versions: 0.14.
+    """
+    with patch_attr(modifier_base, "is_distributed", lambda: False):
+        yield
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Journal:
         ResumeError: the journal there is of another source, config, data or version, or damaged.
     """
 
-    def __init__(self, folder: Path, lock: int) -> None:
+    def __init__(self, folder: Path, lock: int | None) -> None:
         self.folder = folder
         self.done: dict[str, dict[str, Any]] = {}
         """Finished block -> its record."""
@@ -121,6 +121,13 @@ class Journal:
         except BaseException:
             journal.close()
             raise
+        return journal
+
+    @classmethod
+    def follow(cls, out: Path, done: Mapping[str, dict[str, Any]]) -> Journal:
+        """The journal as another rank sees it that rank 0 keeps: what is done, and nothing to write or lock."""
+        journal = cls(out / WORK, None)
+        journal.done = dict(done)
         return journal
 
     @staticmethod
@@ -194,7 +201,8 @@ class Journal:
                 journal.close()
 
     def close(self) -> None:
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 def _take_lock(folder: Path) -> int:

@@ -20,6 +20,7 @@ from dsv4q.checkpoint.compare import compare_with_layout, draft_kind
 from dsv4q.checkpoint.layout import DTYPE_BYTES, HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
 from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of
 from dsv4q.checkpoint.schemes import FLOAT, NVFP4, Scheme, stored_tensors
+from dsv4q.checkpoint.shares import Share
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.targets import published_config, select
 from dsv4q.config import Config
@@ -36,6 +37,9 @@ WRITE_BEHIND = 1_000_000_000
 
 WRITE_THREADS = 6
 """sha256 takes 0.8 s a GB on one thread, and copying into the page cache half of that again."""
+
+ENCODE_BYTES = 2_000_000_000
+"""On a GPU: temporaries of the encoder, and what waits to be copied to the host."""
 
 STREAMS_ON_GPU = 2_500_000_000
 """Residual streams of all samples up to this size stay on the GPU between two blocks."""
@@ -181,6 +185,13 @@ class Estimate:
     """Residual streams of all calibration tokens."""
     calibration_tokens: int
 
+    @property
+    def streams_kept(self) -> str:
+        """Where the residual streams are kept between two blocks when a GPU is used."""
+        if self.streams > STREAMS_IN_MEMORY:
+            return "on disk"
+        return "in host memory" if self.streams > STREAMS_ON_GPU else "on the GPU"
+
 
 @dataclass(frozen=True)
 class Plan(ShardPlan):
@@ -237,6 +248,8 @@ class Plan(ShardPlan):
                 "disk_bytes": self.estimate.disk,
                 "free_disk_bytes": self.free_disk,
                 "calibration_tokens": self.estimate.calibration_tokens,
+                "streams_bytes": self.estimate.streams,
+                "streams_kept": self.estimate.streams_kept,
             },
             "problems": [p.as_dict() for p in self.problems],
         }
@@ -459,19 +472,59 @@ def _estimate(specs: list[TensorSpec], shards: tuple[PlannedShard, ...], config:
         rows = config.calibration.micro_batch * config.calibration.max_length
         scores = config.calibration.micro_batch * dims.heads * config.calibration.max_length**2
         wide = max(dims.heads * dims.head_dim, 4 * dims.moe_intermediate, 4 * dims.hc_mult * dims.hidden)
-        batch = 3 * 4 * (rows * wide + 2 * scores)
+        batch = 6 * (rows * wide + 2 * scores)
     spilled = streams > STREAMS_IN_MEMORY
     on_gpu = 2 * streams if streams <= STREAMS_ON_GPU else 0
-    gpu = block + batch + largest + on_gpu
+    ahead_on_gpu = max(read[b] for b in main)
+    gpu = ahead_on_gpu + batch + min(ENCODE_BYTES, block) + largest + on_gpu
     disk = sum(s.nbytes for s in shards) + (3 if spilled else 2) * streams
     ahead = min(READ_AHEAD, max(read[b] for b in main))
     behind = min(WRITE_BEHIND, max(written[b] for b in main))
     held = 4 * streams // max(1, micro_batches) if spilled else 2 * streams
     host = RUNTIME_BYTES + block + held + batch + largest + ahead + behind
     return Estimate(
-        host=host, read_ahead=ahead, gpu=gpu, gpu_ahead=gpu + max(read[b] for b in main), disk=disk, streams=streams,
+        host=host, read_ahead=ahead, gpu=gpu, gpu_ahead=gpu + ahead_on_gpu, disk=disk, streams=streams,
         calibration_tokens=tokens,
     )  # fmt: skip
+
+
+def rank_shares(plan: Plan, count: int) -> list[dict[str, Any]]:
+    """What each of `count` ranks reads, computes and writes, by rank."""
+    shares = [Share(rank, count) for rank in range(count)]
+    read, write, linears = Counter[int](), Counter[int](), Counter[int]()
+    for block in plan.blocks:
+        planned: dict[str, list[PlannedTensor]] = defaultdict(list)
+        for tensor in plan.block_tensors(block):
+            planned[tensor.spec.name].append(tensor)
+        used = plan.estimate.calibration_tokens > 0 and (block == "embed" or block.startswith("layers."))
+        others = 0
+        for number, spec in enumerate(s for s in plan.source_specs if s.block == block):
+            outputs = planned[spec.name]
+            encoded = any(t.encoded for t in outputs)
+            if encoded and spec.expert is None:
+                writer = others % count
+                others += 1
+            elif spec.expert is not None and (encoded or used):
+                writer = next(s.rank for s in shares if spec.expert in s.experts(plan.dims.experts))
+            else:
+                writer = number % count
+            linears[writer] += encoded
+            write[writer] += sum(t.nbytes for t in outputs)
+            everybody = (used or encoded) and spec.expert is None
+            for rank in range(count) if everybody else (writer,) if used or encoded or outputs else ():
+                read[rank] += plan.source_files.entries[spec.name][1]
+        copies = [t for t in plan.block_tensors(block) if not t.encoded and t.spec.block != block]
+        for number, copy in enumerate(copies):
+            write[number % count] += copy.nbytes
+            read[number % count] += plan.source_files.entries[copy.spec.name][1]
+    calibration = plan.config.calibration
+    samples = calibration.samples if calibration is not None and plan.estimate.calibration_tokens else 0
+    batches = -(-samples // calibration.micro_batch) if calibration is not None else 0
+    return [
+        {"rank": s.rank, "read_bytes": read[s.rank], "micro_batches": len(s.among(batches)),
+         "encoded_linears": linears[s.rank], "write_bytes": write[s.rank]}
+        for s in shares
+    ]  # fmt: skip
 
 
 def first_problem(problems: Sequence[Dsv4qError], see: str) -> Dsv4qError:

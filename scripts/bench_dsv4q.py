@@ -1,0 +1,205 @@
+"""`dsv4q quantize` on a benchmark's source, in a process of its own. Prints one JSON object.
+
+    python scripts/bench_dsv4q.py SOURCE OUT [--sink] [--profile] [--config C] [--samples 64] [--length 512]
+                                  [--micro-batch 8] [--device cuda]
+
+With `--sink` the bytes are dropped where they would be written: everything is computed and copied to the host, no
+shard is made. With `--profile` the last layer but one, of three or more, is watched by torch.profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4q.checkpoint.layout import Role
+from dsv4q.checkpoint.plan import Plan
+from dsv4q.checkpoint.writer import Data, ShardWriter
+from dsv4q.config import Config, load_config, parse_config
+from dsv4q.console import Console, Mode, Progress
+from dsv4q.quantize import Job, prepare, quantize, quantize_blocks
+from dsv4q.report import peak_memory
+
+CONFIG = Path(__file__).parent.parent / "configs" / "nvfp4-fp8-mtp.yaml"
+SHARDS = 3
+
+
+class Discard(ShardWriter):
+    """A writer that keeps nothing; what it is given is in host memory by then."""
+
+    def put_all(self, tensors: Iterable[tuple[str, Data]]) -> None:
+        for _name, data in tensors:
+            memoryview(data)
+
+    def sync(self, block: str) -> dict[str, str]:
+        return {}
+
+    def finish_blocks(self, blocks: Iterable[str]) -> list[str]:
+        return []
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every run needs to know, stock's too."""
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--device", default="cuda")
+
+
+def config_of(options: argparse.Namespace) -> Config:
+    """The chosen config on the source's own samples, without the MTP block that the source lacks."""
+    raw = load_config(options.config).model_dump(mode="json")
+    if raw["calibration"]:
+        raw["calibration"] |= {
+            "dataset": "chat_samples.jsonl", "split": None, "samples": options.samples, "max_length": options.length,
+            "micro_batch": options.micro_batch,
+        }  # fmt: skip
+    raw["mtp"] = {"keep": False, "shared_head_copies": False}
+    raw["output"]["shards"] = SHARDS
+    return parse_config(raw)
+
+
+def sync(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def finish(result: dict[str, Any]) -> None:
+    """Print the result with this process' peaks, on one line."""
+    peaks = peak_memory()
+    if torch.cuda.is_available():
+        peaks["gpu_reserved"] = int(torch.cuda.max_memory_reserved())
+    print(json.dumps({**result, "peak_memory": peaks}), flush=True)
+
+
+def layer_work(plan: Plan) -> dict[str, float]:
+    """Bytes in and out of a mean layer, and the arithmetic that its linears need.
+
+    2 operations a weight and token: every linear but the routed experts on all tokens; w1 and w3 of the routed experts
+    on all tokens where the config sends all tokens to all experts, else on the routed ones; w2, whose output only the
+    router's choice needs, on the routed ones. Attention scores are not counted.
+    """
+    tokens, dims = plan.estimate.calibration_tokens, plan.dims
+    blocks = [block for block in plan.blocks if block.startswith("layers.")]
+    share = dims.experts_per_token / dims.experts
+    wide = 1.0 if plan.config.activations.experts == "all" else share
+    operations = 0.0
+    for spec in plan.source_specs:
+        if spec.block not in blocks or len(spec.shape) != 2 or spec.dtype == "I64" or spec.name.endswith(".ape"):
+            continue
+        routed = wide if not spec.name.endswith("w2.weight") else share
+        operations += 2 * tokens * math.prod(spec.shape) * (routed if spec.role == Role.ROUTED_EXPERT else 1)
+    return {
+        "bytes_in": sum(s.nbytes for s in plan.source_specs if s.block in blocks) / len(blocks),
+        "bytes_out": sum(t.nbytes for block in blocks for t in plan.block_tensors(block)) / len(blocks),
+        "operations": operations / len(blocks),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ profile
+
+
+@dataclass(frozen=True)
+class WatchingConsole(Console):
+    """A silent console that calls `began` with each block that the run begins, on the run's thread."""
+
+    mode: Mode = Mode.QUIET
+    began: Callable[[str], None] = lambda _block: None
+
+    @contextmanager
+    def progress(self, description: str, total: int, unit: str = "B") -> Iterator[Progress]:
+        def show(progress: Progress) -> None:
+            self.began(progress.description)
+
+        yield Progress(description, total, unit, show)
+
+
+@dataclass
+class LayerProfile:
+    """torch.profiler from the moment that one block begins to the moment that the next does."""
+
+    block: str
+    gpu: bool
+    result: dict[str, Any] = field(default_factory=dict)
+    _running: torch.profiler.profile | None = None
+
+    def began(self, block: str) -> None:
+        if block == self.block and self._running is None and not self.result:
+            activity = torch.profiler.ProfilerActivity
+            self._running = torch.profiler.profile(activities=[activity.CUDA if self.gpu else activity.CPU])
+            self._running.start()
+        elif block != self.block and self._running is not None:
+            if self.gpu:
+                torch.cuda.synchronize()
+            self._running.stop()
+            self.result = summary(self._running, self.gpu)
+            self._running = None
+
+
+def summary(profile: torch.profiler.profile, gpu: bool) -> dict[str, Any]:
+    """Time by kernel (of a CPU: by operator), the largest first, and how long the GPU had none to run, in seconds."""
+    events = [e for e in profile.events() or [] if (e.device_type == torch.autograd.DeviceType.CUDA) == gpu]
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        # a kernel's time is its range; an operator's is without those that it calls
+        times[event.name].append((event.time_range.elapsed_us() if gpu else event.self_cpu_time_total) / 1e6)
+    top = sorted(times.items(), key=lambda item: -sum(item[1]))
+    found: dict[str, Any] = {
+        "kernels": [{"name": name, "calls": len(spent), "seconds": sum(spent)} for name, spent in top[:20]]
+    }
+    if gpu and events:
+        kernels = [e for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+        window = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+        found |= {"window": window / 1e6, "busy": covered(events) / 1e6, "computing": covered(kernels) / 1e6}
+    return found
+
+
+def covered(events: Iterable[Any]) -> float:
+    """Length of the union of the events' ranges, in the profiler's unit."""
+    total, reached = 0.0, -math.inf
+    for begin, end in sorted((e.time_range.start, e.time_range.end) for e in events):
+        total += max(end - max(begin, reached), 0)
+        reached = max(reached, end)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--sink", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    job = Job(options.source, options.out, config_of(options), device=options.device)
+    plan = prepare(job)
+    profile = LayerProfile(f"layers.{max(plan.dims.layers - 2, 0)}", options.device.startswith("cuda"))
+    console = WatchingConsole(began=profile.began) if options.profile else Console(Mode.QUIET)
+    report = quantize_blocks(job, console, Discard) if options.sink else quantize(job, console)
+    finish(
+        {
+            "blocks": [{"block": b["block"], "seconds": b["seconds"]} for b in report["blocks"]],
+            "errors": report["errors"],
+            "seconds": report["seconds"]["this_process"],
+            "layer": layer_work(plan),
+            "profile": profile.result,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A benchmark's source: full-width layers on the MXFP4 and FP8 grids, made on the device, written by several threads.
+
+Each layer lies in files of its own, so a source of fewer layers is made of the same files by hard links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4q.calibration.encode import fp8_block_decode, fp8_block_encode
+from dsv4q.calibration.exact import fp8_block_scales, round_e2m1
+from dsv4q.checkpoint.layout import Dims, Role, TensorSpec, source_tensors
+from dsv4q.checkpoint.plan import PlannedShard, PlannedTensor, ShardPlan
+from dsv4q.toy import ToyConfig, random_values, write_toy
+
+INDEX = "model.safetensors.index.json"
+FILES_OF_A_LAYER = 8
+"""Threads that write to one file wait for each other, so there are as many files as threads."""
+
+
+def dimensions(width: str, layers: int) -> ToyConfig:
+    """Layers are sliding, ratio 4 and ratio 128 in turn, the first of them routed by hash; no MTP, which is copied.
+
+    Args:
+        width: `full`, that of DeepSeek-V4-Flash (13.2 GB of BF16 a layer) with a small vocabulary, or `toy`.
+    """
+    ratios = tuple((0, 4, 128)[i % 3] for i in range(layers))
+    if width == "toy":
+        return ToyConfig(compress_ratios=ratios, num_hash_layers=1, num_nextn_predict_layers=0)
+    return ToyConfig(
+        hidden_size=4096, moe_intermediate_size=2048, n_routed_experts=256, num_experts_per_tok=6,
+        num_attention_heads=64, head_dim=512, qk_rope_head_dim=64, q_lora_rank=1024, o_groups=8, o_lora_rank=1024,
+        index_n_heads=64, index_head_dim=128, index_topk=512, sliding_window=128, compress_ratios=ratios,
+        num_hash_layers=1, num_nextn_predict_layers=0,
+    )  # fmt: skip
+
+
+def values(spec: TensorSpec, dims: Dims, device: str) -> Tensor:
+    """One tensor on `device` or the CPU: a function of name, shape and kind of device. Large linears are on a grid."""
+    if spec.role not in (Role.ROUTED_EXPERT, Role.ATTENTION, Role.SHARED_EXPERT):
+        return random_values(spec, dims, seed=0)
+    key = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:7], "little")
+    generator = torch.Generator(device).manual_seed(key)
+    weight = torch.randn(spec.shape, generator=generator, device=device) / spec.shape[1] ** 0.5
+    if spec.role == Role.ROUTED_EXPERT:
+        blocks = weight.reshape(spec.shape[0], -1, 32)
+        scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(dim=-1, keepdim=True) / 6)))
+        weight = (round_e2m1(blocks / scale) * scale).reshape(spec.shape)
+    else:
+        scale = fp8_block_scales(weight)
+        weight = fp8_block_decode(fp8_block_encode(weight, scale), scale)
+    return weight.to(torch.bfloat16)
+
+
+def write_source(out: Path, toy: ToyConfig, device: str) -> None:
+    """Write the checkpoint; `out` must not exist. Nothing is synced: a benchmark reads it from the page cache."""
+    with tempfile.TemporaryDirectory() as small:
+        # tokenizer, chat samples and the like, of a checkpoint with the same vocabulary and one tiny layer
+        write_toy(Path(small, "toy"), ToyConfig(compress_ratios=(0,), num_hash_layers=0, vocab_size=toy.vocab_size))
+        copytree(Path(small, "toy"), out, ignore=ignore_patterns("*.safetensors", INDEX))
+    _write_json(out / "config.json", toy.as_config_json())
+    shards = _shards(source_tensors(toy.dims))
+    threads = FILES_OF_A_LAYER if device.startswith("cuda") else 1
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda shard: _write_shard(out, shard, toy.dims, device), shards))
+    _write_json(out / INDEX, ShardPlan(tuple(shards)).index())
+
+
+def first_layers(source: Path, out: Path, layers: int) -> Path:
+    """A checkpoint of the first layers of `source`, of the same files; `out` is on the same file system."""
+    if out.exists():
+        return out
+    copytree(source, out, ignore=ignore_patterns("*.safetensors", INDEX, "config.json"))
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    ratios = config["compress_ratios"][:layers]
+    _write_json(out / "config.json", {**config, "compress_ratios": ratios, "num_hidden_layers": layers})
+    dropped = tuple(f"layers.{i}." for i in range(layers, config["num_hidden_layers"]))
+    index = json.loads((source / INDEX).read_text())["weight_map"]
+    kept = {name: file for name, file in index.items() if not name.startswith(dropped or ("-",))}
+    for file in set(kept.values()):
+        os.link(source / file, out / file)
+    dims = Dims.from_config(json.loads((out / "config.json").read_text()))
+    total = sum(spec.nbytes for spec in source_tensors(dims))
+    _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})
+    return out
+
+
+def _shards(specs: Sequence[TensorSpec]) -> list[PlannedShard]:
+    """Each block's tensors dealt out to files of about equal size."""
+    shards = []
+    for block in dict.fromkeys(spec.block for spec in specs):
+        tensors = [PlannedTensor(s.name, s.dtype, s.shape, s, False, block) for s in specs if s.block == block]
+        files = min(FILES_OF_A_LAYER if block.startswith("layers.") else 1, len(tensors))
+        tensors.sort(key=lambda t: -t.nbytes)
+        shards += [PlannedShard.of(f"{block}-{i}.safetensors", tensors[i::files]) for i in range(files)]
+    return shards
+
+
+def _write_shard(out: Path, shard: PlannedShard, dims: Dims, device: str) -> None:
+    with (out / shard.file).open("wb", buffering=0) as file:
+        file.write(shard.header)
+        for tensor, _ in shard.offsets():
+            made = values(tensor.spec, dims, device)
+            if made.is_cuda:
+                made = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made)
+            view = memoryview(made.contiguous().reshape(-1).view(torch.uint8).numpy())
+            while view:
+                view = view[file.write(view) :]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

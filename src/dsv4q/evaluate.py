@@ -1,0 +1,246 @@
+"""The story of an evaluation: open both -> tokenize -> both models in step by block -> heads -> drafts -> result.
+
+For each block: the reference's block is read, all micro-batches go through it, it is let go; then the artifact's; then
+the two residual streams are compared. Memory: one block in use and at most one coming, or two heads, or an embedding, a
+head and an MTP block; and the residual streams of both on the host, tokens * hc_mult * hidden_size * 4 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4q import __version__
+from dsv4q.calibration.data import CalibrationData
+from dsv4q.calibration.upstream import quiet_libraries
+from dsv4q.checkpoint.ahead import BUDGET, loaded_ahead
+from dsv4q.checkpoint.journal import write_atomic
+from dsv4q.console import Console
+from dsv4q.device import usable_device
+from dsv4q.errors import DeviceError
+from dsv4q.evaluation import metrics
+from dsv4q.evaluation.data import DataRequest, load_data
+from dsv4q.evaluation.drafts import Acceptance, difference, judge_draft, step_1, step_2
+from dsv4q.evaluation.scores import ResidualError, Scores, residual_error, score
+from dsv4q.evaluation.streams import DRAFT, Piece, Side, form_of, open_side, require_alike
+from dsv4q.interrupt import stoppable
+from dsv4q.report import peak_memory
+
+FORMAT = 1
+"""Version of the result's structure."""
+SAVED = "eval.json"
+_GPU_BUDGET, _GPU_THREADS = 4 << 30, 8
+
+Loaded = Iterator[tuple[Piece, dict[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation as the user asked for it."""
+
+    artifact: Path
+    reference: Path
+    data: DataRequest
+    device: str = "auto"
+    save: bool = False
+    """Write the result to ARTIFACT/eval.json as well."""
+
+
+@dataclass
+class Findings:
+    """What was measured."""
+
+    residual: list[ResidualError]
+    scores: Scores
+    acceptance: list[Acceptance]
+
+
+@torch.no_grad()
+def evaluate(job: Job, console: Console) -> dict[str, Any]:
+    """Run the job; returns the result as plain JSON values.
+
+    Raises:
+        SourceError: a checkpoint that is damaged or incomplete, or two that are not of one model.
+        DataError: no tokenizer, no data or too little, a tokenizer of another vocabulary.
+        CalibrationError: non-finite values.
+        DeviceError: no such device, or it has too little memory.
+    """
+    begin = time.time()
+    device = usable_device(job.device)
+    with quiet_libraries():
+        reference = open_side("reference", job.reference, device)
+        artifact = open_side("artifact", job.artifact, device)
+        require_alike(reference, artifact)
+        data = load_data(job.data, job.reference, job.artifact, reference.dims.vocab)
+        try:
+            findings = _measure((reference, artifact), data, console)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                "The GPU ran out of memory",
+                where=f"--device {device}",
+                found=str(error).splitlines()[0],
+                hint="lower --micro-batch or --length, or free the GPU of other work",
+            ) from error
+        finally:
+            reference.checkpoint.close()
+            artifact.checkpoint.close()
+    result = _result(job, (reference, artifact), data, findings, time.time() - begin)
+    if job.save:
+        write_atomic(job.artifact / SAVED, json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def schedule(sides: tuple[Side, Side]) -> list[tuple[Side, str]]:
+    """Which block of which checkpoint is read when."""
+    main = ["embed", *(f"layers.{index}" for index in range(sides[0].dims.layers)), "head"]
+    order = [(side, block) for block in main for side in sides]
+    return order + [(side, block) for side in sides if side.no_draft is None for block in ("embed", "head", DRAFT)]
+
+
+def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) -> Findings:
+    blocks = [side.pieces(block) for side, block in schedule(sides)]
+    order = [piece for pieces in blocks for piece in pieces]
+    largest = max(sum(piece.nbytes for piece in pieces) for pieces in blocks)
+    on_gpu = sides[0].device.type == "cuda"
+    with (
+        stoppable() as check_stop,
+        loaded_ahead(
+            order,
+            Piece.load,
+            lambda piece: piece.nbytes,
+            budget=min(largest, _GPU_BUDGET if on_gpu else BUDGET),
+            threads=_GPU_THREADS if on_gpu else 1,
+        ) as loaded,
+        console.progress("evaluating", sum(piece.nbytes for piece in order)) as progress,
+    ):
+
+        def fill(side: Side, block: str) -> None:
+            """Bring a block into memory; blocks are asked for in the order of `schedule`."""
+            progress.describe(f"{side.name} {block}")
+            for wanted in side.pieces(block):
+                check_stop()
+                piece, tensors = next(loaded)
+                assert (piece.side, piece.spec.name) == (side, wanted.spec.name), f"{piece.spec.name} comes"
+                side.install(piece, tensors)
+                progress.advance(piece.nbytes)
+            side.emulate_inputs(block)
+
+        residual = _main_blocks(sides, data, fill, check_stop)
+        scores = _heads(sides, data, fill, check_stop)
+        return Findings(residual, scores, _drafts(sides, data, fill, check_stop))
+
+
+Fill = Callable[[Side, str], None]
+
+
+def _main_blocks(
+    sides: tuple[Side, Side], data: CalibrationData, fill: Fill, check_stop: Callable[[], None]
+) -> list[ResidualError]:
+    errors = []
+    for block in ("embed", *(f"layers.{index}" for index in range(sides[0].dims.layers))):
+        for side in sides:
+            fill(side, block)
+            side.run(block, data.batches, check_stop)
+            side.release(block)
+        errors.append(residual_error(block, *sides))
+    return errors
+
+
+def _heads(sides: tuple[Side, Side], data: CalibrationData, fill: Fill, check_stop: Callable[[], None]) -> Scores:
+    for side in sides:
+        fill(side, "head")
+    scores = score(*sides, data.batches, check_stop)
+    for side in sides:
+        side.release("head")
+    return scores
+
+
+def _drafts(
+    sides: tuple[Side, Side], data: CalibrationData, fill: Fill, check_stop: Callable[[], None]
+) -> list[Acceptance]:
+    found: list[Acceptance] = []
+    for side in sides:
+        if side.no_draft is not None:
+            found += [Acceptance(main.name, side.name) for main in sides]
+            continue
+        for block in ("embed", "head", DRAFT):
+            fill(side, block)
+        found += judge_draft(side, sides, data.batches, check_stop)
+        side.release("embed", "head", DRAFT)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+def _result(
+    job: Job, sides: tuple[Side, Side], data: CalibrationData, findings: Findings, seconds: float
+) -> dict[str, Any]:
+    reference, artifact = sides
+    return {
+        "format": FORMAT,
+        **{
+            side.name: {"path": str(path), "form": form_of(side)}
+            for side, path in ((reference, job.reference), (artifact, job.artifact))
+        },
+        "data": {
+            "source": data.source,
+            "samples": job.data.samples,
+            "length": job.data.length,
+            "micro_batch": job.data.micro_batch,
+            "tokens": data.tokens,
+            "digest": data.digest,
+        },
+        "intervals": metrics.METHOD,
+        **_quality(findings.scores),
+        "residual": [error.as_dict() for error in findings.residual],
+        "acceptance": _acceptance(sides, findings.acceptance),
+        "emulated": dict(Counter(scheme.format for scheme in artifact.schemes.values())),
+        "device": str(reference.device),
+        "seconds": round(seconds, 3),
+        "peak_memory": peak_memory(),
+        "versions": {"dsv4q": __version__, "torch": torch.__version__},
+    }
+
+
+def _quality(scores: Scores) -> dict[str, Any]:
+    predicted, positions = torch.cat(scores.predicted), torch.cat(scores.positions)
+    nll = {name: torch.cat(parts) for name, parts in scores.nll.items()}
+    return {
+        "perplexity": {
+            **{name: metrics.exp_mean(total, predicted).as_dict() for name, total in nll.items()},
+            "ratio": metrics.exp_mean(nll["artifact"] - nll["reference"], predicted).as_dict(),
+        },
+        "kl_divergence": metrics.mean(torch.cat(scores.divergence), positions).as_dict(),
+        "top1_agreement": metrics.mean(torch.cat(scores.agreed), positions).as_dict(),
+    }
+
+
+def _acceptance(sides: tuple[Side, Side], found: list[Acceptance]) -> dict[str, Any]:
+    """All pairs, and what changes when the main model, the draft or both are the artifact's."""
+    by_pair = {(one.main, one.draft): one for one in found}
+    base = by_pair["reference", "reference"]
+    changes = {
+        "artifact as a whole": ("artifact", "artifact"),
+        "artifact's draft alone": ("reference", "artifact"),
+        "artifact's main model alone": ("artifact", "reference"),
+    }
+    return {
+        "pairs": [one.as_dict() for one in found],
+        "differences": {
+            what: {"step_1": difference(by_pair[pair], base, step_1), "step_2": difference(by_pair[pair], base, step_2)}
+            for what, pair in changes.items()
+            if base.counts and by_pair[pair].counts
+        },
+        "without_draft": {side.name: side.no_draft for side in sides if side.no_draft is not None},
+    }

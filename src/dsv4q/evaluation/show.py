@@ -1,0 +1,72 @@
+"""The result for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4q.console import Console, human_bytes, human_seconds
+
+
+def show_evaluation(result: Mapping[str, Any], console: Console) -> None:
+    """Tables of an evaluation; nothing in json and quiet mode."""
+    console.table(
+        "Quality",
+        ["measure", "value", "95 % from", "to"],
+        [
+            ["perplexity, reference", *_numbers(result["perplexity"]["reference"])],
+            ["perplexity, artifact", *_numbers(result["perplexity"]["artifact"])],
+            ["perplexity ratio", *_numbers(result["perplexity"]["ratio"])],
+            ["KL divergence, nats per token", *_numbers(result["kl_divergence"])],
+            ["same most likely token", *_shares(result["top1_agreement"])],
+        ],
+    )
+    console.table("Residual streams after each block", ["block", "relative error"], _residual(result))
+    _show_acceptance(result["acceptance"], console)
+    data, memory = result["data"], result["peak_memory"]
+    console.print(f"data       {data['samples']} samples of {data['length']} tokens from {data['source']}")
+    console.print(f"intervals  {result['intervals']}")
+    for side in ("reference", "artifact"):
+        console.print(f"{side:<10} {result[side]['form']}, {result[side]['path']}")
+    rounded = ", ".join(f"{count:,} linears as {form}" for form, count in result["emulated"].items())
+    console.print(f"emulated   {rounded or 'nothing: weights and inputs are BF16'}")
+    gpu = f", {human_bytes(memory['gpu'])} GPU" if "gpu" in memory else ""
+    console.print(f"took       {human_seconds(result['seconds'])}, {human_bytes(memory['host'])} host{gpu}")
+
+
+def _show_acceptance(acceptance: Mapping[str, Any], console: Console) -> None:
+    for side, reason in acceptance["without_draft"].items():
+        console.print(f"MTP draft of the {side}: none ({reason})")
+    console.table(
+        "MTP draft acceptance",
+        ["main model", "draft", "step 1", "step 2", "tokens per step"],
+        [
+            [pair["main"], pair["draft"], *(_spread(pair[key]) for key in ("step_1", "step_2", "tokens_per_step"))]
+            for pair in acceptance["pairs"]
+        ],
+    )
+    for what, found in acceptance["differences"].items():
+        changes = ", ".join(f"{key.replace('_', ' ')} {_spread(found[key], '+')}" for key in ("step_1", "step_2"))
+        console.print(f"{what}: {changes}")
+
+
+def _residual(result: Mapping[str, Any]) -> list[list[str]]:
+    return [[error["block"], f"{error['relative_error']:.3%}"] for error in result["residual"]]
+
+
+def _numbers(found: Mapping[str, float | None]) -> list[str]:
+    return ["none" if (x := found[key]) is None else f"{x:.5g}" for key in ("value", "low", "high")]
+
+
+def _shares(found: Mapping[str, float | None]) -> list[str]:
+    return ["none" if (x := found[key]) is None else f"{x:.2%}" for key in ("value", "low", "high")]
+
+
+def _spread(found: Mapping[str, float | None], sign: str = "") -> str:
+    """`0.812 (0.79 to 0.83)`."""
+    value, low, high = found["value"], found["low"], found["high"]
+    if value is None:
+        return "none"
+    if low is None or high is None:
+        return f"{value:{sign}.4f}"
+    return f"{value:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"

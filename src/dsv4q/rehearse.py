@@ -1,0 +1,310 @@
+"""A run at the real dimensions without the real checkpoint: weights are made up, shards are judged and dropped.
+
+Everything between source and shards is `quantize`'s own code: plan, oneshot, calibration, encoding, writer, journal,
+report. What differs: the source (`checkpoint/generated.py`), and what becomes of a whole shard, which is judged on a
+thread of its own (`checkpoint/verify_shard.py`) and then deleted, so that the disk need is a few shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4q.checkpoint.ahead import BUDGET
+from dsv4q.checkpoint.finish import write_small_files
+from dsv4q.checkpoint.generated import GeneratedCheckpoint
+from dsv4q.checkpoint.journal import WORK, Journal, check_output, write_atomic
+from dsv4q.checkpoint.layout import Dims, load_config
+from dsv4q.checkpoint.output import disk_problem, place_problem
+from dsv4q.checkpoint.plan import Estimate, Plan, first_problem, free_bytes, make_plan, with_problem
+from dsv4q.checkpoint.verify import verify_headers
+from dsv4q.checkpoint.writer import ShardWriter
+from dsv4q.config import Config
+from dsv4q.console import Console, human_bytes
+from dsv4q.errors import OutputError, ResumeError, UsageError
+from dsv4q.interrupt import stoppable
+from dsv4q.quantize import Job, Run, data_spec, run_blocks, run_device
+from dsv4q.rehearsal_result import rehearsal_result
+
+if TYPE_CHECKING:
+    from dsv4q.calibration.data import CalibrationData, DataSpec
+
+FLASH = Path(__file__).parent / "data" / "deepseek-v4-flash"
+"""Folder with the config.json of DeepSeek-V4-Flash."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A rehearsal as the user asked for it."""
+
+    out: Path
+    config: Config
+    source: Path = FLASH
+    """A config.json, or a folder with one and perhaps a tokenizer; weights there are not read."""
+    layers: int | None = None
+    """So many main layers instead of all."""
+    keep: bool = False
+    """Leave a complete artifact instead of deleting each shard after it was judged."""
+    device: str = "auto"
+
+    @property
+    def folder(self) -> Path:
+        return self.source if self.source.is_dir() else self.source.parent
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A rehearsal with its plan."""
+
+    plan: Plan
+    source: GeneratedCheckpoint
+    layers: tuple[int, ...]
+    """Numbers that the main layers have in the whole model."""
+    whole: Plan
+    """Of the whole model; `plan` itself if nothing is cut."""
+
+
+def prepare(rehearsal: Rehearsal) -> Prepared:
+    """Plan a rehearsal; its problems are in the plan.
+
+    Raises:
+        OutputError: OUT is not new, empty, or what an interrupted rehearsal left.
+        SourceError: no usable config.json.
+        UsageError: more layers than there are, or fewer than one.
+    """
+    _check_out(rehearsal)
+    whole_config = load_config(rehearsal.source)
+    config_file = rehearsal.folder / "config.json" if rehearsal.source.is_dir() else rehearsal.source
+    dims = Dims.from_config(whole_config, config_file)
+    layers = chosen_layers(dims, rehearsal.layers)
+    whole_source = GeneratedCheckpoint.of(whole_config, rehearsal.source)
+    whole = make_plan(whole_source, rehearsal.config)
+    source, plan = whole_source, whole
+    if len(layers) < dims.layers:
+        source = GeneratedCheckpoint.of(cut_config(whole_config, layers), rehearsal.source)
+        plan = _cut_plan(source, rehearsal.config, whole)
+    plan = replace(plan, estimate=_estimate(plan, source, rehearsal.keep), free_disk=free_bytes(rehearsal.out))
+    for problem in (place_problem(rehearsal.out), disk_problem(rehearsal.out, plan.estimate.disk, plan.free_disk)):
+        plan = with_problem(plan, problem)
+    return Prepared(plan, source, layers, whole)
+
+
+def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
+    """Run the rehearsal to its end; returns its result (see `rehearsal_result`).
+
+    OUT is as before afterwards, also after an error, unless shards are kept.
+
+    Raises:
+        Dsv4qError: a named reason, as `quantize`.
+    """
+    prepared = prepare(rehearsal)
+    plan, out = prepared.plan, rehearsal.out
+    if plan.problems:
+        raise first_problem(plan.problems, "`dsv4q plan` on the same config.json lists them all")
+    begin = time.time()
+    device = run_device(rehearsal.device, plan)
+    data = calibration(rehearsal, plan)
+    console.talk(_announcement(rehearsal, prepared, data))
+    prepared.source.make_pools()
+    there = out.is_dir()
+    from dsv4q.checkpoint.verify_shard import ShardJudge
+    from dsv4q.dropping import Dropping
+
+    judge = ShardJudge(out, plan.artifact_config, prepared.source, device)
+    dropping = Dropping(judge, out, keep=rehearsal.keep)
+    run = Run(out, plan, prepared.source, data, device, partial(ShardWriter, on_whole=dropping.submit), begin)
+    identity = run.identity() | {"rehearsal": True}
+    journal = Journal.open(out, identity, resume=False)
+    finished = False
+    try:
+        with dropping:
+            report = run_blocks(run, journal, identity, console)
+            blocks_done = time.time()
+            with stoppable() as check_stop:
+                dropping.wait(check_stop)
+        if rehearsal.keep:
+            _keep(rehearsal, plan, report)
+        finished = True
+    finally:
+        _clean(out, journal, there=there, keep=rehearsal.keep and finished)
+    if rehearsal.keep:
+        judge.log.differences.extend(verify_headers(out).differences)
+    times = {"all": time.time() - begin, "blocks": blocks_done - begin, "judging_after": time.time() - blocks_done}
+    return rehearsal_result(rehearsal, prepared, report, dropping, times)
+
+
+# ------------------------------------------------------------------------------------------------ before
+
+
+def _check_out(rehearsal: Rehearsal) -> None:
+    """OUT is new, empty, or has the remains of a rehearsal; never an artifact or an unfinished run of quantize."""
+    out = rehearsal.out
+    check_output(out, rehearsal.folder)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        before = Journal.identity_of(out)
+    except ResumeError:
+        before = {}
+    ours = (out / WORK).is_dir() and (
+        bool(before.get("rehearsal")) if before is not None else not any(out.glob("model-*"))
+    )
+    if not ours:
+        raise OutputError(
+            "The output folder is not empty and not an interrupted rehearsal",
+            where=out,
+            expected="a new or empty folder",
+            found=", ".join(sorted(p.name for p in out.iterdir())[:5]),
+            hint="choose another folder; nothing in this one was touched",
+        )
+
+
+def chosen_layers(dims: Dims, count: int | None) -> tuple[int, ...]:
+    """Numbers of `count` main layers: the first of each kind, then the lowest others; all of them for None.
+
+    A kind is a compress ratio and a way of routing, by hash or by score.
+
+    Raises:
+        UsageError: not from 1 to the model's number of layers.
+    """
+    if count is None:
+        return tuple(range(dims.layers))
+    if not 1 <= count <= dims.layers:
+        raise UsageError("There are not so many layers", where="--layers", expected=f"1 to {dims.layers}", found=count)
+    first: dict[tuple[int, bool], int] = {}
+    for layer, ratio in enumerate(dims.ratios):
+        first.setdefault((ratio, layer < dims.hash_layers), layer)
+    order = dict.fromkeys([*first.values(), *range(dims.layers)])
+    return tuple(sorted(list(order)[:count]))
+
+
+def cut_config(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """The config.json of a model of these layers of `config`'s model, renumbered, and of its MTP layers."""
+    count, hashed = int(config["num_hidden_layers"]), int(config.get("num_hash_layers", 3))
+    cut = dict(config)
+    for key in ("compress_ratios", "layer_types", "mlp_layer_types"):
+        if isinstance(config.get(key), list):
+            cut[key] = [config[key][layer] for layer in layers] + config[key][count:]
+    return cut | {"num_hidden_layers": len(layers), "num_hash_layers": sum(layer < hashed for layer in layers)}
+
+
+def _cut_plan(source: GeneratedCheckpoint, config: Config, whole: Plan) -> Plan:
+    """Plan of a cut model, in shards of the size that the whole one's have."""
+    one = config.model_copy(update={"output": config.output.model_copy(update={"shards": 1})})
+    share = make_plan(source, one).artifact_bytes / whole.artifact_bytes
+    shards = max(1, round(config.output.shards * share))
+    return make_plan(source, config.model_copy(update={"output": config.output.model_copy(update={"shards": shards})}))
+
+
+def _estimate(plan: Plan, source: GeneratedCheckpoint, keep: bool) -> Estimate:
+    """The plan's needs, and those of the pools and of judging beside the run."""
+    from dsv4q.checkpoint.verify_shard import DEVICE_BYTES
+
+    pools = source.pool_bytes
+    return replace(
+        plan.estimate,
+        host=plan.estimate.host + pools + 2 * BUDGET,
+        gpu=plan.estimate.gpu + pools + DEVICE_BYTES,
+        gpu_ahead=plan.estimate.gpu_ahead + pools + DEVICE_BYTES,
+        disk=plan.estimate.disk if keep else _disk(plan),
+    )
+
+
+def _disk(plan: Plan) -> int:
+    """Bytes of the shards that are on disk together at most, and of the residual streams.
+
+    While a block is made durable the next one is written already; shards between those two are open. Besides, one
+    shard is judged and another waits.
+    """
+    number = {block: i for i, block in enumerate(plan.blocks)}
+    spans = [({number[t.block] for t in shard.tensors}, shard.nbytes) for shard in plan.shards]
+    together = max(
+        sum(nbytes for blocks, nbytes in spans if min(blocks) <= i + 1 and max(blocks) >= i)
+        for i in range(len(plan.blocks))
+    )
+    streams = plan.estimate.disk - sum(shard.nbytes for shard in plan.shards)
+    return min(together + 2 * max(nbytes for _, nbytes in spans), plan.estimate.disk - streams) + streams
+
+
+def calibration(rehearsal: Rehearsal, plan: Plan) -> CalibrationData | None:
+    """The config's data if dataset and tokenizer are on this machine, else random token ids of the same number.
+
+    Raises:
+        DataError: local data that cannot be used.
+    """
+    from dsv4q.calibration.data import load_calibration, load_tokenizer
+
+    wanted = data_spec(Job(rehearsal.folder, rehearsal.out, rehearsal.config))
+    if wanted is None:
+        return None
+    spec, base = wanted
+    if not (base / spec.dataset).exists():  # a hub id would go to the network
+        return random_tokens(spec, plan.dims.vocab, f"{spec.dataset} is not a local file or folder")
+    if not (rehearsal.folder / "tokenizer.json").is_file():
+        return random_tokens(spec, plan.dims.vocab, f"{rehearsal.folder} has no tokenizer.json")
+    return load_calibration(spec, load_tokenizer(rehearsal.folder), base, vocab_size=plan.dims.vocab)
+
+
+def random_tokens(spec: DataSpec, vocab: int, reason: str) -> CalibrationData:
+    """Token ids below `vocab`, a function of the spec alone, in the micro-batches that real data would have."""
+    import numpy as np
+    import torch
+
+    from dsv4q.calibration.data import CalibrationData
+
+    rng = np.random.Generator(np.random.Philox(key=spec.seed))
+    ids = rng.integers(0, vocab, (spec.samples, spec.max_length), dtype=np.int64)
+    batches = [ids[i : i + spec.micro_batch] for i in range(0, spec.samples, spec.micro_batch)]
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(f"{len(batch)}x{spec.max_length}:".encode())
+        digest.update(batch.astype("<i8").tobytes())
+    tensors = tuple(torch.from_numpy(batch.copy()) for batch in batches)
+    return CalibrationData(tensors, spec.tokens, 0, digest.hexdigest(), f"random token ids, for {reason}")
+
+
+def _announcement(rehearsal: Rehearsal, prepared: Prepared, data: CalibrationData | None) -> str:
+    plan, whole = prepared.plan, prepared.whole
+    lines = [f"Rehearsing {rehearsal.source} with made-up weights"]
+    if plan is not whole and len(prepared.layers) < whole.dims.layers:
+        numbers = ", ".join(map(str, prepared.layers))
+        lines.append(f"  layers {numbers} of {whole.dims.layers}, and the MTP layers; shards of the whole run's size")
+    lines.append(f"  calibration: {'none is needed' if data is None else data.source}")
+    kept = "kept" if rehearsal.keep else "deleted"
+    lines.append(
+        f"  {len(plan.tensors):,} tensors, {human_bytes(plan.artifact_bytes)} in {len(plan.shards)} shards, each "
+        f"verified and then {kept}; disk needed at once {human_bytes(plan.estimate.disk)}"
+    )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ after
+
+
+def _keep(rehearsal: Rehearsal, plan: Plan, report: Mapping[str, Any]) -> None:
+    """Make a complete artifact of the shards; its model card says that the weights are made up."""
+    out = rehearsal.out
+    write_small_files(out, rehearsal.folder, plan, dict(report))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    note = "\n## Made-up weights\n\nWritten by `dsv4q rehearse`: the model's form is real, its weights are not.\n"
+    write_atomic(out / "README.md", (card + note).encode())
+
+
+def _clean(out: Path, journal: Journal, *, there: bool, keep: bool) -> None:
+    """Delete what the run wrote, or with `keep` only its work folder."""
+    try:
+        if not keep:
+            for path in out.iterdir():
+                if path.name != WORK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        journal.remove()
+    finally:
+        journal.close()
+    if not there and not keep:
+        out.rmdir()

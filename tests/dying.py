@@ -1,0 +1,26 @@
+"""`dsv4q` with a rank that is killed when it begins a block: KILL=RANK:BLOCK, for tests of several ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from dsv4q.calibration.stream import BlockStream
+from dsv4q.cli import main
+
+real = BlockStream._next
+
+
+def killed(self: BlockStream, blocks: Any, wanted: Any, watch: Any) -> Any:
+    if f"{self.ranks.share.rank}:{wanted[0]}" == os.environ["KILL"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, blocks, wanted, watch)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockStream, "_next", killed)
+        main()

@@ -1,0 +1,90 @@
+"""The benchmark scripts, at toy width on the CPU: that they measure what they say, not how fast it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SMALL = ("--samples", "2", "--length", "32", "--micro-batch", "1", "--device", "cpu")
+
+
+def run_script(name: str, *arguments: object) -> str:
+    """What a script prints; an error shows its own message."""
+    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def layer_run(work: Path) -> tuple[str, dict[str, Any]]:
+    """Tables and JSON of a run of bench_layer.py."""
+    flags = ("--width", "toy", "--layers", 2, "--stock-layers", 1, "--stock-batches", 2, "--gigabytes", 0.002)
+    text = run_script("bench_layer.py", work / "w", *SMALL, *flags, "--verify", "--json", work / "found.json")
+    return text, json.loads((work / "found.json").read_text())
+
+
+def test_bench_layer_measures_every_part_in_one_run(layer_run: tuple[str, dict[str, Any]]) -> None:
+    found = layer_run[1]
+    assert {"ceilings", "sink", "files", "verified", "stock 2"} <= found.keys()
+    assert all(value > 0 for value in found["ceilings"].values())
+    for name in ("sink", "files", "stock 2"):
+        assert found[name]["peak_memory"]["host"] > 100e6
+
+
+def test_bench_layer_prints_the_ratios_of_the_targets(layer_run: tuple[str, dict[str, Any]]) -> None:
+    text = layer_run[0]
+    for row in ("stock, batch 2 / dsv4q, sink", "floor / dsv4q, files", "written / write ceiling"):
+        assert f"| {row} |" in text
+
+
+def test_the_artifact_of_the_benchmark_verifies_and_is_exact(layer_run: tuple[str, dict[str, Any]]) -> None:
+    found = layer_run[1]
+    assert found["verified"]["differences"] == []
+    for name in ("sink", "files"):
+        assert (
+            found[name]["errors"]["routed expert"] | {"exact": 48, "tensors": 48}
+            == (found[name]["errors"]["routed expert"])
+        )
+
+
+def test_stock_is_timed_in_each_of_its_passes(layer_run: tuple[str, dict[str, Any]]) -> None:
+    stock = layer_run[1]["stock 2"]
+    assert len(stock["layers"]) == 1
+    assert all(stock["layers"][0][part] > 0 for part in ("calibrate", "propagate", "compress"))
+    assert stock["save"] > 0
+
+
+def test_a_source_of_fewer_layers_is_made_of_the_same_files(layer_run: object, work: Path) -> None:
+    whole, part = work / "w" / "source", work / "w" / "source-1"
+    assert json.loads((part / "config.json").read_text())["num_hidden_layers"] == 1
+    shards = {path.name for path in part.glob("*.safetensors")}
+    assert shards == {p.name for p in whole.glob("*.safetensors") if not p.name.startswith("layers.1-")}
+    assert all((part / name).samefile(whole / name) for name in shards)
+
+
+def test_the_sink_keeps_no_shard_and_the_profile_names_what_took_time(layer_run: object, work: Path) -> None:
+    text = run_script("bench_dsv4q.py", work / "w" / "source", work / "sink", *SMALL, "--sink", "--profile")
+    found = json.loads(text.splitlines()[-1])
+    assert not list((work / "sink").glob("*.safetensors*"))
+    assert [block["block"] for block in found["blocks"]] == ["embed", "layers.0", "layers.1", "head"]
+    assert found["profile"]["kernels"][0]["seconds"] > 0
+
+
+def test_bench_cpu_compares_bytes_and_prints_both_sides(tmp_path: Path) -> None:
+    text = run_script("bench_cpu.py", "--repeat", 1, "--experts", 0)
+    rows = [line for line in text.splitlines() if line.startswith(("| toy experts", "| toy run, all"))]
+    assert len(rows) == 3
+    assert all(float(cell) > 0 for row in rows for cell in row.split("|")[2:5])
