@@ -4,7 +4,8 @@
                                   [--micro-batch 8] [--device cuda]
 
 With `--sink` the bytes are dropped where they would be written: everything is computed and copied to the host, no
-shard is made. With `--profile` the last layer but one, of three or more, is watched by torch.profiler.
+shard is made. With `--modules` the routed experts take the slow way, linear by linear under llmcompressor's hooks. With
+`--profile` the last layer but one, of three or more, is watched by torch.profiler.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dsv4q.calibration.stacks import StackLayout
 from dsv4q.checkpoint.layout import Role
 from dsv4q.checkpoint.plan import Plan
 from dsv4q.checkpoint.writer import Data, ShardWriter
@@ -140,6 +143,8 @@ class LayerProfile:
     _running: torch.profiler.profile | None = None
 
     def began(self, block: str) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # a block that is only copied, ahead of the computation
         if block == self.block and self._running is None and not self.result:
             activity = torch.profiler.ProfilerActivity
             self._running = torch.profiler.profile(activities=[activity.CUDA if self.gpu else activity.CPU])
@@ -184,15 +189,19 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--sink", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--modules", action="store_true", help="experts as modules under llmcompressor's hooks")
     options = parser.parse_args()
     job = Job(options.source, options.out, config_of(options), device=options.device)
     plan = prepare(job)
     profile = LayerProfile(f"layers.{max(plan.dims.layers - 2, 0)}", options.device.startswith("cuda"))
     console = WatchingConsole(began=profile.began) if options.profile else Console(Mode.QUIET)
+    if options.modules:
+        StackLayout.of = classmethod(lambda _cls, _members: None)  # type: ignore[method-assign,assignment]
     report = quantize_blocks(job, console, Discard) if options.sink else quantize(job, console)
     finish(
         {
             "blocks": [{"block": b["block"], "seconds": b["seconds"]} for b in report["blocks"]],
+            "digests": {b["block"]: b["digest"] for b in report["blocks"]},
             "errors": report["errors"],
             "seconds": report["seconds"]["this_process"],
             "layer": layer_work(plan),

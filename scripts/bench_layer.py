@@ -2,7 +2,8 @@
 
     python scripts/bench_layer.py WORK [--layers 3] [--samples 64] [--length 512] [--micro-batch 8] [--device cuda]
         [--config configs/nvfp4-fp8-mtp.yaml] [--source FOLDER] [--only ceilings,stock,sink,files]
-        [--stock-batches 1,8] [--stock-layers K] [--double] [--profile] [--verify] [--json FILE] [--width full|toy]
+        [--stock-batches 1,8] [--stock-layers K] [--double] [--profile] [--twin] [--verify] [--json FILE]
+        [--width full|toy]
 
 Makes a source of K layers of the real width (hidden 4096, 256 experts of 2048; 13.2 GB of BF16 each; weights on the
 MXFP4 and FP8 grids) in WORK/source, or FOLDER, unless it is there, and lets all parts work on the same files, each in
@@ -13,8 +14,9 @@ a process of its own, so that its peaks are its own. Prints Markdown tables.
     sink      dsv4q with the bytes dropped after they were encoded and copied to the host (bench_dsv4q.py)
     files     dsv4q quantize with real, fsynced shards
 
-`--double` runs the sink on 2K layers too, for the peaks. A source in /dev/shm is in memory for certain; one on a disk
-may still be on its way there and slow the writes that are measured.
+`--twin` runs the files once more with the experts taken linear by linear under llmcompressor's hooks, and compares
+the digests of all blocks. `--double` runs the sink on 2K layers too, for the peaks. A source in /dev/shm is in memory
+for certain; one on a disk may still be on its way there and slow the writes that are measured.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stock-layers", type=int, help="stock on the first so many layers only")
     parser.add_argument("--double", action="store_true", help="the sink on twice the layers, too")
     parser.add_argument("--profile", action="store_true", help="the sink once more, one layer under torch.profiler")
+    parser.add_argument("--twin", action="store_true", help="files once more with experts as modules: the same bytes?")
     parser.add_argument("--verify", action="store_true", help="judge the artifact against the source")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="data to measure the storage with")
     parser.add_argument("--json", type=Path, help="everything that was measured, for machines")
@@ -149,6 +152,8 @@ def parts(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]
         yield "files", lambda: run_dsv4q(options, source)
         if options.verify:
             yield "verified", lambda: verified(options, source)
+        if options.twin:
+            yield "twin", lambda: run_dsv4q(options, source, "--modules")
     if "stock" in options.parts:
         fresh(options.work / "artifact")
         few = of[options.stock_layers or options.layers]

@@ -61,6 +61,12 @@ def tables(found: Found) -> str:
     runs = {name: found[name] for name in ("sink", "files") if name in found}
     if runs:
         parts.append(summary_table(found, runs))
+    if "twin" in found and "files" in found:
+        same = found["twin"]["digests"] == found["files"]["digests"]
+        parts.append(
+            f"Experts as modules under llmcompressor's hooks: {per_layer(found['twin']):.2f} s per layer; "
+            f"{len(found['twin']['digests'])} blocks, the bytes are {'the same' if same else 'NOT THE SAME'}."
+        )
     if "profile" in found:
         parts.append(profile_table(found["profile"]))
     if "verified" in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import dsv4q
 from dsv4q.config import Config, load_config
 from dsv4q.console import Console, Mode
 from dsv4q.quantize import Job, quantize
@@ -12,7 +13,10 @@ from dsv4q.toy import write_toy
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-VARYING = ("report.json",)
+FLASH = Path(dsv4q.__file__).parent / "data" / "deepseek-v4-flash" / "config.json"
+"""config.json of DeepSeek-V4-Flash, as the package has it."""
+
+VARYING = ("report.json", "report.html")
 """Files that hold times."""
 
 

@@ -34,8 +34,13 @@ OPTIONS = {
     "rehearse": ["--config/-c", "--source", "--layers", "--keep", "--device", "--json", "--quiet/-q"],
     "dequantize": ["--shards", "--resume/--no-resume", "--json", "--quiet/-q"],
     "verify-shards": ["--source", "--deep", "--device", "--json", "--quiet/-q"],
+    "report": ["--out/-o", "--verify", "--verification", "--json", "--quiet/-q"],
     "eval": [
         "--reference", "--data", "--samples", "--length", "--micro-batch", "--device", "--save", "--json", "--quiet/-q",
+    ],
+    "diff": ["--device", "--json", "--quiet/-q"],
+    "bench": [
+        "--model", "--concurrency", "--requests", "--max-tokens", "--prompts", "--api-key-env", "--json", "--quiet/-q",
     ],
 }  # fmt: skip
 """Every option of every command: a new one is a decision, and then it is added here and to the README."""
@@ -43,7 +48,7 @@ OPTIONS = {
 ARGUMENTS = {
     "toy": ["OUT"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
     "dequantize": ["NATIVE", "OUT"],
-    "verify-shards": ["ARTIFACT"], "eval": ["ARTIFACT"],
+    "verify-shards": ["ARTIFACT"], "report": ["ARTIFACT"], "eval": ["ARTIFACT"], "diff": ["A", "B"], "bench": ["URL"],
 }  # fmt: skip
 
 
@@ -144,7 +149,7 @@ def test_help_of_a_command_lists_and_explains_every_option_and_argument(name: st
     for option in OPTIONS[name]:
         assert re.search(rf"^  .*{re.escape(option.split('/')[0])}\b.*\n?.*[a-z]{{3}}", result.out, re.MULTILINE)
     for argument in ARGUMENTS[name]:
-        assert re.search(rf"^  {argument} <path> +[A-Z][a-z]+", result.out, re.MULTILINE)
+        assert re.search(rf"^  {argument} <(path|str|text)> +[A-Z][a-z]+", result.out, re.MULTILINE)
     assert all(getattr(p, "help", "") for p in _commands()[name].params if p.name != "help")
 
 

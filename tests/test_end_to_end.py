@@ -136,8 +136,9 @@ def test_a_config_without_mtp_leaves_no_trace_of_it(finished: dict[str, tuple[Jo
 def test_the_artifact_has_exactly_these_files_with_ordinary_permissions(made: Job) -> None:
     files = {str(path.relative_to(made.out)): path for path in made.out.rglob("*") if not path.is_dir()}
     assert sorted(files) == sorted(
-        [*SHARDS, "model.safetensors.index.json", "config.json", "recipe.yaml", "report.json", "README.md", "LICENSE",
-         "generation_config.json", "tokenizer.json", "tokenizer_config.json", "encoding/README.md"]
+        [*SHARDS, "model.safetensors.index.json", "config.json", "recipe.yaml", "report.json", "report.html",
+         "README.md", "LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+         "encoding/README.md"]
     )  # fmt: skip
     assert {oct(path.stat().st_mode & 0o7777) for path in files.values()} == {"0o644"}
     assert not [path for path in files.values() if path.is_symlink()]
@@ -234,6 +235,8 @@ def test_report_has_the_time_of_each_block_and_a_digest(made: Job, report: dict[
     blocks = {block["block"]: block for block in report["blocks"]}
     expected = ["embed", *[f"layers.{i}" for i in range(5)], "head", *["mtp.0"] * made.config.mtp.keep]
     assert list(blocks) == expected
+    done = [block["seconds"].pop("done_at") for block in blocks.values()]
+    assert done == sorted(done) and done[0] > 0
     assert all(sum(block["seconds"].values()) > 0 for block in blocks.values())
     assert report["seconds"]["blocks"] == pytest.approx(
         sum(sum(block["seconds"].values()) for block in blocks.values()), abs=0.01

@@ -23,8 +23,8 @@ from dsv4q.checkpoint.layout import (
     source_tensors,
 )
 from dsv4q.errors import SourceError
+from runs import FLASH
 
-FLASH = Path(__file__).parent / "data" / "deepseek-v4-flash-config.json"
 CONFIG = load_config(FLASH)
 DIMS = Dims.from_config(CONFIG)
 

@@ -35,7 +35,7 @@ from dsv4q.errors import SourceError, WeightError
 from dsv4q.quantize import Job
 from dsv4q.toy import ToyConfig, write_toy
 from dsv4q.toy_native import codes_and_scales, grid_form, native_form, release_form, stored_specs
-from runs import CONFIGS, at_toy_size, finished_files, run
+from runs import CONFIGS, FLASH, at_toy_size, finished_files, run
 
 TINY = ToyConfig(
     hidden_size=128, n_routed_experts=2, compress_ratios=(4, 128), num_hash_layers=1, vocab_size=300, shards=3
@@ -248,7 +248,7 @@ def test_another_seed_gives_other_codes() -> None:
 
 
 def test_release_has_as_many_tensors_and_bytes_as_published() -> None:
-    dims = Dims.from_config(json.loads((Path(__file__).parent / "data/deepseek-v4-flash-config.json").read_text()))
+    dims = Dims.from_config(json.loads(FLASH.read_text()))
     stored = [part for spec in source_tensors(dims) for part in stored_specs(spec)]
     assert len(stored) == 69_187
     assert sum(part.nbytes for part in stored) == 159_609_485_896
@@ -550,14 +550,14 @@ def test_artifact_is_not_taken_for_a_native_source(release: tuple[Path, Path, di
 
 
 def full_size(expert_dtype: str) -> Iterator[tuple[str, TensorEntry]]:
-    dims = Dims.from_config(load_model_config(Path(__file__).parent / "data/deepseek-v4-flash-config.json"))
+    dims = Dims.from_config(load_model_config(FLASH))
     for spec in source_tensors(dims):
         for part in stored_specs(spec, expert_dtype):
             yield part.name, TensorEntry(part.name, "model.safetensors", part.dtype, part.shape, 0, part.nbytes)
 
 
 def test_plan_of_the_full_release_counts_what_lies_on_disk() -> None:
-    file = Path(__file__).parent / "data/deepseek-v4-flash-config.json"
+    file = FLASH
     entries = dict(full_size("fp4"))
     checkpoint = Checkpoint(file.parent, load_model_config(file), entries, {}, (), has_weights=True, config_file=file)
     plan = make_plan(as_source(checkpoint), load_config(CONFIGS / "nvfp4-fp8-mtp.yaml"))
@@ -570,7 +570,7 @@ def test_plan_of_the_full_release_counts_what_lies_on_disk() -> None:
 
 
 def test_config_alone_is_assumed_to_be_bf16_whatever_it_says() -> None:
-    file = Path(__file__).parent / "data/deepseek-v4-flash-config.json"
+    file = FLASH
     plan = make_plan(scan_source(file), load_config(CONFIGS / "nvfp4-fp8-mtp.yaml"))
     source = plan.as_dict()["source"]
     assert "quantization_config" in load_model_config(file)

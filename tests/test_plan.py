@@ -28,9 +28,8 @@ from dsv4q.checkpoint.verify import verify_headers
 from dsv4q.config import Config, Mtp, Output, load_config, parse_config
 from dsv4q.errors import ConfigError, Dsv4qError, OutputError, RecipeError, SourceError
 from dsv4q.toy import ToyConfig
-from runs import CONFIGS
+from runs import CONFIGS, FLASH
 
-FLASH = Path(__file__).parent / "data" / "deepseek-v4-flash-config.json"
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 GB = 1e9
 
@@ -181,6 +180,18 @@ def test_a_larger_micro_batch_needs_more_memory_and_no_more_disk(tmp_path: Path)
     batches = (toy.model_copy(update={"micro_batch": n}) for n in (1, 8))
     small, large = (toy_plan(tmp_path, shipped("toy", calibration=c)).estimate for c in batches)
     assert small.gpu < large.gpu and small.host < large.host and small.disk == large.disk
+
+
+def test_a_large_calibration_set_is_spilled_to_disk_within_four_blocks_of_host_memory() -> None:
+    wanted = shipped("nvfp4-fp8-mtp").calibration
+    assert wanted is not None
+    large = wanted.model_copy(update={"samples": 512, "max_length": 2048, "micro_batch": 4})
+    with scan(FLASH) as checkpoint:
+        found = make_plan(checkpoint, shipped("nvfp4-fp8-mtp", calibration=large)).estimate
+        usual = make_plan(checkpoint, shipped("nvfp4-fp8-mtp")).estimate
+    assert (found.streams, found.streams_kept) == (512 * 2048 * 4 * 4096 * 2, "on disk")
+    assert usual.streams_kept == "on the GPU"
+    assert found.host < 53e9 and found.disk - usual.disk == 3 * found.streams - 2 * usual.streams
 
 
 def test_a_recipe_without_calibration_counts_no_tokens_and_no_streams() -> None:

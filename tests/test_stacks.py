@@ -52,7 +52,7 @@ def test_stacks_and_modules_write_the_same_bytes(
     fast, slow = (replace(job, config=config, out=tmp_path / name) for name in ("fast", "slow"))
     run(fast)
     with monkeypatch.context() as patch:
-        patch.setattr(stacks.ExpertStack, "of", lambda members, memory: None)
+        patch.setattr(stacks.StackLayout, "of", lambda members: None)
         run(slow)
     names = [name for name in finished_files(fast.out) if name != "report.json"]
     assert names and all((fast.out / n).read_bytes() == (slow.out / n).read_bytes() for n in names)
@@ -62,10 +62,10 @@ def test_stacks_and_modules_write_the_same_bytes(
 def test_the_shipped_schemes_are_known_to_the_stacks(
     case: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, found = stacks.ExpertStack.of, []
-    monkeypatch.setattr(stacks.ExpertStack, "of", lambda *args: found.append(real(*args)) or found[-1])
+    real, found = stacks.StackLayout.of, []
+    monkeypatch.setattr(stacks.StackLayout, "of", lambda members: found.append(real(members)) or found[-1])
     run(replace(job, config=CASES[case](job.config), out=tmp_path / "out"))
-    assert found and all(stack is not None for stack in found)
+    assert found and all(layout is not None for layout in found)
 
 
 def random_memory(experts: int) -> ExpertMemory:

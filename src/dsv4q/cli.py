@@ -297,6 +297,47 @@ def verify_shards(
     console.talk(f"verified in {human_seconds(result.seconds)}")
 
 
+@app.command()
+def report(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that quantize made.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the page here instead of ARTIFACT/report.html.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every value too, as verify-shards --deep.")] = False,
+    verification: Annotated[
+        Path | None, typer.Option(help="File with what verify-shards --json printed, to show it on the page.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the report of a run as one HTML page.
+
+    Sizes, weight errors, experts, input scales, time, memory, shards; verification and evaluation. The page needs no
+    network. Headers are verified each time; exit code 3 if something differs from what must be there.
+    """
+    from dsv4q.htmlreport.write import Job, write_report
+
+    console = _console(as_json, quiet)
+    total_bytes = _folder_bytes(artifact) if verify else 0
+    with stoppable() as check_stop, console.progress("verifying", total_bytes) as bar:
+
+        def progress(label: str, now: int, total: int) -> None:
+            check_stop()
+            bar.total = total
+            bar.describe(label)
+            bar.advance(now - bar.done)
+
+        made = write_report(Job(artifact, out, deep=verify, saved=verification), progress)
+    console.data(made.as_dict())
+    for gap in made.gaps:
+        console.warn(f"not on the page: {gap}")
+    console.print(f"{made.page}: {human_bytes(made.nbytes)}")
+    if made.checked is not None and made.checked.differences:
+        found = f"{len(made.checked.differences):,} differences"
+        console.print(f"{found}; dsv4q verify-shards {artifact} lists them all")
+        raise typer.Exit(3)
+
+
 @app.command("eval")
 def eval_(
     artifact: Annotated[
@@ -330,6 +371,66 @@ def eval_(
     result = story.evaluate(job, console)
     console.data(result)
     show_evaluation(result, console)
+
+
+@app.command("diff")
+def diff_(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint folder; errors are relative to it.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint folder that is held against it.")],
+    device: Annotated[str, typer.Option(help="Where values are decoded: auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare two artifacts or checkpoints.
+
+    Tensor by tensor and by class, whatever both are stored as: compressed-tensors, ModelOpt, DeepSeek's own layout
+    or BF16. Exit code 0 if both have the same tensors, stored as the same types, byte for byte; 3 if one is missing,
+    is stored otherwise (even with equal values) or differs. Other files, config.json too, do not count.
+    """
+    from dsv4q import diff as story
+    from dsv4q.diff_result import show_diff
+
+    console = _console(as_json, quiet)
+    result = story.diff(story.Job(a, b, device), console)
+    console.data(result)
+    show_diff(result, console)
+    if not result["same"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def bench(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Server, such as http://localhost:8000.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model; the first that the server names.")] = None,
+    concurrency: Annotated[str, typer.Option(help="Requests at once, one measurement each.")] = "1,4,8,16",
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests of each measurement; at least 8 and twice as many as at once.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt per line, or JSONL with prompt, text or messages; else our own.")
+    ] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a server that speaks the OpenAI API.
+
+    Output tokens per second and time to the first token at each concurrency, and how many drafts of MTP were accepted
+    by the server's own counters. What a server does not tell is none. Exit code 1 if it goes away before the end.
+    """
+    from dsv4q import bench as story
+    from dsv4q.serving.show import show_bench
+
+    console = _console(as_json, quiet)
+    wanted, key = story.parse_concurrency(concurrency), story.read_key(api_key_env)
+    result, error = story.bench(story.Job(url, model, wanted, requests, max_tokens, prompts, key), console)
+    console.data(result)
+    show_bench(result, console)
+    if error is not None:
+        if not as_json:
+            console.error(error)
+        raise typer.Exit(1)
 
 
 def _folder_bytes(folder: Path) -> int:

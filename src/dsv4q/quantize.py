@@ -35,6 +35,8 @@ from dsv4q.config import Config
 from dsv4q.console import Console
 from dsv4q.device import usable_device
 from dsv4q.errors import DataError, DeviceError, Dsv4qError
+from dsv4q.htmlreport.write import PAGE, write_page_of_run, write_report
+from dsv4q.htmlreport.write import Job as ReportJob
 from dsv4q.interrupt import stoppable
 from dsv4q.report import build_report, peak_memory
 
@@ -125,7 +127,10 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         # Every rank has looked at OUT before one of them changes it.
         here.wait_for_all()
         if here.from_leader(is_finished(job.out)):
-            return already_there(job.out, identity, resume=job.resume)
+            report = already_there(job.out, identity, resume=job.resume)
+            if run.is_leader and not (job.out / PAGE).exists():
+                write_report(ReportJob(job.out))
+            return report
         journal = _journal(job, run, identity, console)
         try:
             report = run_blocks(run, journal, identity, console)
@@ -136,7 +141,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         finally:
             journal.close()
     if run.is_leader:
-        require_verified(job.out)
+        write_page_of_run(job.out, require_verified(job.out))
     return report
 
 

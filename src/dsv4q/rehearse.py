@@ -8,6 +8,7 @@ thread of its own (`checkpoint/verify_shard.py`) and then deleted, so that the d
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,10 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     Raises:
         Dsv4qError: a named reason, as `quantize`.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "A rehearsal runs in one process", where="torchrun", hint="start it without torchrun; quantize takes ranks"
+        )
     prepared = prepare(rehearsal)
     plan, out = prepared.plan, rehearsal.out
     if plan.problems:

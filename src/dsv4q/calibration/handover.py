@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -45,15 +45,11 @@ class Handover:
             if done is not None:
                 done.synchronize()
             look(host)
+            # One view of the bytes of all members: a tensor operation for each would hold up the caller's Python.
+            whole = {name: tensor_bytes(value) for name, value in host.items()}
             for start in range(0, len(members), _TOGETHER):
-                self._writer.put(
-                    block,
-                    [
-                        (t.name, tensor_bytes(host[t.name.removeprefix(f"{member.spec.module}.")][index]))
-                        for index, member in enumerate(members[start : start + _TOGETHER], start)
-                        for t in member.planned
-                    ],
-                )
+                some = enumerate(members[start : start + _TOGETHER], start)
+                self._writer.put(block, [piece for index, member in some for piece in _pieces(member, index, whole)])
 
         self.then(write)
 
@@ -111,3 +107,10 @@ class Handover:
         if error is None:
             for future in self._pending:
                 future.result()
+
+
+def _pieces(member: Member, index: int, whole: Mapping[str, memoryview]) -> Iterator[tuple[str, memoryview]]:
+    """Names and bytes of the tensors of member `index`, of the bytes of all by suffix."""
+    for tensor in member.planned:
+        view = whole[tensor.name.removeprefix(f"{member.spec.module}.")]
+        yield tensor.name, view[index * tensor.nbytes : (index + 1) * tensor.nbytes]

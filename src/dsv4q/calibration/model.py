@@ -237,12 +237,17 @@ def set_tensor(model: nn.Module, hf_name: str, tensor: torch.Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def release(module: nn.Module) -> None:
+def release(module: nn.Module, but: nn.Module | None = None) -> None:
     """Give back the memory of a block: every parameter and buffer goes to the meta device, dtype and shape kept.
 
     Rotary frequencies stay, for no checkpoint holds them (some hundred bytes a block).
+
+    Args:
+        but: a part that has nothing to give back; looking through its hundreds of linears would take longer than all
+            the rest.
     """
-    for part in module.modules():
+    passed = {but}
+    for part in module.modules() if but is None else _modules(module, passed):
         if isinstance(part, DeepseekV4RotaryEmbedding):
             continue
         for name, parameter in part._parameters.items():
@@ -251,6 +256,15 @@ def release(module: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 part._buffers[name] = buffer.to("meta")
+
+
+def _modules(module: nn.Module, passed: set[nn.Module | None]) -> Iterator[nn.Module]:
+    """A module and all below it, without those in `passed` and below them."""
+    if module in passed:
+        return
+    yield module
+    for child in module.children():
+        yield from _modules(child, passed)
 
 
 def rebuild_rotary(model: nn.Module, device: torch.device | str) -> None:

@@ -40,33 +40,43 @@ class StackPart:
     """F64 [T, 4], see `encode.error_sums`."""
 
 
+@dataclass(frozen=True)
+class StackLayout:
+    """Which linears of a block make its stacks."""
+
+    experts: int
+    members: dict[str, list[Member]]
+    """`gate_up`: w1 and w3 of expert 0, of expert 1, and so on; `down`: w2."""
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> StackLayout | None:
+        """The routed experts among the members of a block, or None if modules have to do."""
+        routed = [m for m in members if m.spec.role == Role.ROUTED_EXPERT]
+        places = {(*PROJECTIONS[m.projection], m.spec.expert): m for m in routed}
+        experts = len(routed) // 3
+        wanted = {
+            "gate_up": [("gate_up", place, e) for e in range(experts) for place in (0, 1)],
+            "down": [("down", 0, e) for e in range(experts)],
+        }
+        if not routed or {place for part in wanted.values() for place in part} != set(places):
+            return None
+        found = cls(experts, {name: [places[place] for place in part] for name, part in wanted.items()})
+        uniform = all(_kind(m) == _kind(part[0]) for part in found.members.values() for m in part)
+        return found if uniform and all(_is_known(m) for m in routed) else None
+
+
 @dataclass
 class ExpertStack:
     """All routed experts of one block."""
 
+    layout: StackLayout
     memory: ExpertMemory
-    members: dict[str, list[Member]]
-    """`gate_up`: w1 and w3 of expert 0, of expert 1, and so on; `down`: w2."""
     input_scales: dict[str, Tensor] = field(default_factory=dict)
     """Projection -> F32 [E, 1], where the scheme stores them."""
 
-    @classmethod
-    def of(cls, members: Sequence[Member], memory: ExpertMemory | None) -> ExpertStack | None:
-        """The routed experts among the members of a block, or None if modules have to do."""
-        experts = [m for m in members if m.spec.role == Role.ROUTED_EXPERT]
-        if memory is None or len(experts) != 3 * len(memory.gate_up) or not all(_is_known(m) for m in experts):
-            return None
-        places = {(*PROJECTIONS[m.projection], m.spec.expert): m for m in experts}
-        count = len(memory.gate_up)
-        stack = cls(
-            memory,
-            {
-                "gate_up": [places["gate_up", place, e] for e in range(count) for place in (0, 1)],
-                "down": [places["down", 0, e] for e in range(count)],
-            },
-        )
-        uniform = all(_kind(m) == _kind(part[0]) for part in stack.members.values() for m in part)
-        return stack if uniform else None
+    @property
+    def members(self) -> dict[str, list[Member]]:
+        return self.layout.members
 
     @property
     def stores_input_scales(self) -> bool:

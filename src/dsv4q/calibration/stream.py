@@ -50,7 +50,7 @@ from dsv4q.calibration.modules import (
     check_scales,
     members_of,
 )
-from dsv4q.calibration.stacks import ExpertStack
+from dsv4q.calibration.stacks import ExpertStack, StackLayout
 from dsv4q.calibration.streams import ResidualStreams
 from dsv4q.calibration.upstream import experts_forward, weights_on_every_rank
 from dsv4q.checkpoint.journal import Journal
@@ -60,6 +60,7 @@ from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, block_digest
 from dsv4q.errors import CalibrationError
 from dsv4q.errorstats import Errors
+from dsv4q.memory import memory_now
 
 PIPELINE = "dsv4q_stream"
 
@@ -114,6 +115,18 @@ class Found:
         return {**self.record, **(encoded if self.errors else {})}
 
 
+@dataclass(frozen=True)
+class BlockLinears:
+    """The linears of one block that are encoded, and how those of its experts make stacks, if they do."""
+
+    members: tuple[Member, ...] = ()
+    layout: StackLayout | None = None
+
+    def without(self, stack: ExpertStack | None) -> list[Member]:
+        """Those that are worked on as modules."""
+        return [m for m in self.members if stack is None or m.spec.expert is None]
+
+
 @dataclass
 class BlockStream:
     """One run over the blocks of a plan: everything it needs, and the residual streams between two blocks."""
@@ -140,6 +153,7 @@ class BlockStream:
             RankError: another rank is gone, or observers need to see all batches in order.
         """
         self._begin = time.monotonic()
+        self._linears: dict[str, BlockLinears] = {}
         self._inputs: dict[tuple[int, ...], BlockInputs] = {}
         shapes = [(*ids.shape, self.plan.dims.hc_mult, self.plan.dims.hidden) for ids in self._batches()]
         mine = self.ranks.share.among(len(shapes))
@@ -164,7 +178,7 @@ class BlockStream:
                 block = self._next(blocks, wanted, watch)
                 found = Found()
                 with watch.stage("check"):
-                    self._put_in_place(block)
+                    self._put_in_place(block, encode=wanted in todo)
                 if block.experts is not None:
                     with watch.stage("exchange"):
                         self.ranks.exchange(block.experts.gate_up)
@@ -230,9 +244,12 @@ class BlockStream:
             block.wait()
         return block
 
-    def _put_in_place(self, block: LoadedBlock) -> None:
+    def _put_in_place(self, block: LoadedBlock, *, encode: bool) -> None:
+        """Tensors into their modules; experts that are worked on as stacks have no use for theirs."""
+        stacked = block.experts is not None and (not encode or self._linears_of(block.name).layout is not None)
         for spec, tensor in block.tensors.items():
-            set_tensor(self.model, spec.hf_name, tensor)
+            if spec.expert is None or not stacked:
+                set_tensor(self.model, spec.hf_name, tensor)
         copies = [t for t in self.plan.block_tensors(block.name) if not t.encoded and t.block != t.spec.block]
         for number, copy in enumerate(copies):
             if self.ranks.share.has(number):
@@ -251,9 +268,11 @@ class BlockStream:
     ) -> None:
         index = int(block.name.removeprefix("layers."))
         layer = self.model.model.layers[index]
-        members = members_of(self.model, self.plan.block_tensors(block.name)) if encode else []
-        stack = ExpertStack.of(members, block.experts)
-        modules = BlockModules([m for m in members if stack is None or m.spec.expert is None], self.device)
+        linears = self._linears_of(block.name) if encode else BlockLinears()
+        stack = None
+        if linears.layout is not None and block.experts is not None:
+            stack = ExpertStack(linears.layout, block.experts)
+        modules = BlockModules(linears.without(stack), self.device)
         modules.prepare()
         if not self.ranks.is_alone:
             modules.check_order_does_not_matter(len(self._streams.shapes) >= self.ranks.share.count)
@@ -267,8 +286,16 @@ class BlockStream:
             with watch.stage("statistics"):
                 self._settle(index, modules, stack, seen, found)
             self._encode(block, modules, stack, found, watch, handover)
-        release(layer)
+        self._linears.pop(block.name, None)
+        release(layer, but=layer.mlp.experts if stack is not None or not encode else None)
         self.advance(block.name, block.nbytes - block.nbytes // 2)
+
+    def _linears_of(self, block: str) -> BlockLinears:
+        """The linears of a block to be encoded; found once, of the next block while the device computes."""
+        if block not in self._linears:
+            members = members_of(self.model, self.plan.block_tensors(block))
+            self._linears[block] = BlockLinears(tuple(members), StackLayout.of(members))
+        return self._linears[block]
 
     def _check_finite(self, block: LoadedBlock) -> None:
         block.check_finite(lambda spec: f"{spec.name} in {self.source.tensors[spec.name].file}")
@@ -300,6 +327,9 @@ class BlockStream:
                 return out
 
             self._streams.through(block.name, compute)
+        following = f"layers.{index + 1}"
+        if index + 1 < self.plan.dims.layers and following not in self.journal.done:
+            self._linears_of(following)
         self._check_finite(block)
         fine = dict(zip(self._streams.mine, torch.stack(finite).tolist() if finite else [], strict=True))
         if not all(fine.values()):
@@ -424,6 +454,7 @@ class BlockStream:
                 return
             record = Found.merged([part for part, _, _ in parts]).as_record()
             record["seconds"] = {name: round(value, 4) for name, value in spent.items()}
+            record["memory"] = memory_now(self.device)
             record["digest"] = block_digest({name: d for _, part, _ in parts for name, d in part.items()})
             self.journal.finish_block(block, record)
             if save is not None:

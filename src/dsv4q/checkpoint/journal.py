@@ -23,6 +23,7 @@ from dsv4q.errors import OutputError, ResumeError
 WORK = ".dsv4q"
 INDEX = "model.safetensors.index.json"
 REPORT = "report.json"
+PAGE = "report.html"
 
 
 def fsync_folder(folder: Path) -> None:

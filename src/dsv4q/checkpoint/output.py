@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.journal import INDEX, REPORT, Journal, first_difference, is_finished
-from dsv4q.checkpoint.verify import verify_headers
+from dsv4q.checkpoint.journal import INDEX, PAGE, REPORT, Journal, first_difference, is_finished
+from dsv4q.checkpoint.verify import VerifyResult, verify_headers
 from dsv4q.errors import DiskError, OutputError, VerificationFailed
 
 
@@ -73,8 +73,9 @@ def already_there(out: Path, identity: dict[str, Any], *, resume: bool) -> dict[
             expected="an unfinished run to start over, with --no-resume",
             hint="choose another folder, or delete this artifact yourself",
         )
-    # The index is the last file of all, so a crash after it can only have left the work folder behind.
+    # Only the page comes after the index, so a crash can have left nothing but the work folder and a torn page.
     Journal.remove_leftovers(out)
+    (out / f"{PAGE}.partial").unlink(missing_ok=True)
     require_verified(out)
     return report
 
@@ -90,8 +91,8 @@ def finished_report(out: Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) and isinstance(report.get("identity"), dict) else None
 
 
-def require_verified(out: Path) -> None:
-    """The independent judge looks at the headers before we say that it is done.
+def require_verified(out: Path) -> VerifyResult:
+    """The independent judge looks at the headers before we say that it is done; what it says.
 
     Raises:
         VerificationFailed: it finds a difference.
@@ -106,3 +107,4 @@ def require_verified(out: Path) -> None:
             found=first.found,
             hint=f"dsv4q verify-shards {out} lists all; if it has only just been made, please report this",
         )
+    return result

@@ -32,8 +32,8 @@ RUNTIME_BYTES = 1_500_000_000
 READ_AHEAD = 4_000_000_000
 """Bytes read before they are needed, at most; a block at most where blocks are smaller."""
 
-WRITE_BEHIND = 1_000_000_000
-"""Bytes that may wait to be written; a single larger tensor may too."""
+WRITE_BEHIND = 4_000_000_000
+"""Bytes that may wait to be written, a block's output: so the disk has work while the next block is computed."""
 
 WRITE_THREADS = 6
 """sha256 takes 0.8 s a GB on one thread, and copying into the page cache half of that again."""

@@ -6,8 +6,11 @@ are put in any order. Until its last tensor is on disk the file is called `.part
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -58,6 +61,19 @@ def _start_writing_back(handle: int, offset: int, length: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def _allocate(handle: int, size: int) -> None:
+    """Have the file system find room for the whole file now, where it can: it refuses early, and writes faster.
+
+    Not `os.posix_fallocate`, which writes zeros where the file system has no such thing.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None or not sys.platform.startswith("linux"):
+        return
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+    if fallocate(handle, 0, 0, size) and ctypes.get_errno() == errno.ENOSPC:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _lay_out(handle: int, shard: PlannedShard) -> None:
@@ -194,6 +210,7 @@ class ShardWriter:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 _lay_out(handle, shard)
+                _allocate(handle, shard.nbytes)
             except BaseException:
                 os.close(handle)
                 raise

@@ -1,0 +1,1 @@
+"""Measuring a server of a model from outside: an OpenAI-compatible one, over HTTP."""

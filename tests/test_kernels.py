@@ -1,0 +1,73 @@
+"""The GPU kernels against their eager twins, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4q.calibration import kernels
+from dsv4q.calibration.encode import error_sums, nvfp4_decode, nvfp4_encode
+from dsv4q.calibration.exact import nvfp4_grid, nvfp4_scales, round_e2m1
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def weights(kind: str, device: str) -> Tensor:
+    """BF16 [3, 2, 256, 512]: on the MXFP4 grid, Gaussian, heavy-tailed."""
+    found = torch.randn(3, 2, 256, 512, generator=torch.Generator(device).manual_seed(7), device=device)
+    if kind == "grid":
+        blocks = found.reshape(-1, 32)
+        scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(1, keepdim=True) / 6)))
+        found = (round_e2m1(blocks / scale) * scale).reshape(found.shape)
+    elif kind == "heavy":
+        found = found.pow(3)
+    return found.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["grid", "gauss", "heavy"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_tiles_encode_and_measure_as_one_call_does(kind: str, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weights(kind, "cpu").flatten(0, 1)
+    scales = nvfp4_scales(weight[:, None])
+    block, divisor = scales.block_scale[:, 0], scales.global_scale[:, 0]
+    whole = nvfp4_encode(weight, block, divisor, keep_negative_zero=keep)
+    sums = error_sums(weight, nvfp4_decode(whole, block, divisor))
+    for tile in (512 * 3, 256 * 512 * 2, 1 << 30):
+        monkeypatch.setattr(kernels, "TILE", tile)
+        packed, found = kernels.nvfp4_encode_measured(weight, block, divisor, keep_negative_zero=keep)
+        assert torch.equal(packed, whole)
+        torch.testing.assert_close(found, sums, rtol=1e-6, atol=0)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["grid", "gauss", "heavy"])
+def test_the_gpu_finds_the_grid_that_eager_code_finds(kind: str) -> None:
+    weight = weights(kind, "cuda")
+    there, here = nvfp4_grid(weight), nvfp4_grid(weight.cpu())
+    assert kernels.nvfp4_grid_bits(weight) is not None, "no kernel was used"
+    assert torch.equal(there.lower.cpu(), here.lower) and torch.equal(there.upper.cpu(), here.upper)
+    assert torch.equal(there.amax.cpu(), here.amax)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["grid", "gauss", "heavy"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_gpu_encodes_and_measures_as_eager_code_does(kind: str, keep: bool) -> None:
+    weight = weights(kind, "cuda").flatten(0, 1)
+    scales = nvfp4_scales(weight[:, None])
+    block, divisor = scales.block_scale[:, 0].contiguous(), scales.global_scale[:, 0].contiguous()
+    packed, sums = kernels.nvfp4_encode_measured(weight, block, divisor, keep_negative_zero=keep)
+    eager = nvfp4_encode(weight, block, divisor, keep_negative_zero=keep)
+    assert torch.equal(packed, eager)
+    torch.testing.assert_close(sums, error_sums(weight, nvfp4_decode(eager, block, divisor)), rtol=1e-12, atol=0)
+
+
+@gpu
+@pytest.mark.parametrize("spread", [1.0, 4.0, 30.0])
+def test_the_gpu_computes_the_gate_as_eager_code_does(spread: float) -> None:
+    gate, up = (torch.randn(700, 2048, device="cuda").mul(spread).to(torch.bfloat16) for _ in range(2))
+    expected = torch.nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(min=-10.0, max=10.0)
+    ends = torch.zeros(2, device="cuda")
+    assert torch.equal(kernels.swiglu(gate.clone(), up.clone(), 10.0, ends), expected)
+    assert torch.equal(ends, torch.stack(torch.aminmax(expected)).to(torch.float32))
