@@ -399,6 +399,13 @@ def test_a_report_alone_makes_a_page_with_marked_gaps(finished: Run, tmp_path: P
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+def test_input_scales_without_what_they_cover_are_a_marked_gap(report: dict[str, Any]) -> None:
+    for block in report["blocks"]:
+        block.pop("input_amax", None)
+    _, gaps = build_page(inputs_of(report))
+    assert gaps == ["report.json has input scales, but not what they cover (blocks[].input_amax)"]
+
+
 @pytest.mark.parametrize("key", ["artifact", "source", "errors", "blocks", "seconds", "peak_memory", "identity",
                                  "activations", "coverage"])  # fmt: skip
 def test_a_missing_part_is_a_marked_gap_and_the_rest_is_there(key: str, report: dict[str, Any]) -> None:

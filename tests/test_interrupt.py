@@ -11,10 +11,11 @@ import pytest
 from dsv4q.interrupt import stoppable
 
 
-def test_the_signal_waits_for_the_next_check() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_signal_waits_for_the_next_check(number: int) -> None:
     with pytest.raises(KeyboardInterrupt), stoppable() as check:
         check()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         reached = True
         check()
         reached = False
@@ -24,6 +25,13 @@ def test_the_signal_waits_for_the_next_check() -> None:
 def test_a_signal_after_the_last_check_is_not_lost() -> None:
     with pytest.raises(KeyboardInterrupt), stoppable():
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_asking_twice_by_sigterm_is_asking_once() -> None:
+    with pytest.raises(KeyboardInterrupt), stoppable() as check:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        check()
 
 
 def test_the_handler_of_before_comes_back() -> None:

@@ -78,7 +78,9 @@ def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_resumes_it(
 ) -> None:
     done = quantize(job.source, tmp_path / "out", 2, kill="1:layers.2")
     assert done.code != 0
-    assert "error: Another rank of this job is gone" in done.err and "the same command goes on" in done.err
+    # Whichever is first: the survivor misses its peer, or torchrun asks it to stop.
+    assert "error: Another rank of this job is gone" in done.err or "error: Stopped before the end" in done.err
+    assert "the same command goes on" in done.err
     assert (tmp_path / "out" / ".dsv4q" / "journal.jsonl").is_file()
     again = quantize(job.source, tmp_path / "out", 1)
     assert again.code == 0 and "Resuming" in again.err

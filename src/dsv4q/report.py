@@ -112,7 +112,7 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
     """The same for people, on a terminal."""
     console.table(
         "Blocks",
-        ["block", "seconds", "read", "forward", "encode", "write", "least tokens an expert got"],
+        ["block", "seconds", "read", "forward", "encode", "sync", "least tokens an expert got"],
         [_block_row(block) for block in report["blocks"]],
     )
     console.table(
@@ -155,5 +155,5 @@ def _show_inputs(report: Mapping[str, Any], console: Console) -> None:
 def _block_row(block: Mapping[str, Any]) -> list[str]:
     seconds = block["seconds"]
     tokens = block.get("tokens_per_expert")
-    stages = [f"{seconds.get(stage, 0):.2f}" for stage in ("read", "forward", "encode", "write")]
+    stages = [f"{seconds.get(stage, 0):.2f}" for stage in ("read", "forward", "encode", "sync")]
     return [block["block"], f"{_block_seconds(block):.2f}", *stages, f"{min(tokens):,}" if tokens else "-"]

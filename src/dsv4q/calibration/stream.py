@@ -1,12 +1,13 @@
 """The calibration pipeline that holds one block at a time, run inside an ordinary `oneshot`.
 
-llmcompressor's recipe, modifier, observers and lifecycle do the calibrating; what is ours is where the weights
-live. The model is on the meta device. For each block: read its tensors, run the calibration batches through it,
-find the scales, encode, write, back to meta. Routed experts go through all of that as stacks (`experts.py`,
-`stacks.py`), whatever those do not know module by module under llmcompressor's hooks. The next block is on its way to
-the device meanwhile, and the one before to the disk. The forward passes unquantized
-residual streams on, which is bit-identical to stock's sequential pipeline because that one disables quantization
-during calibration too.
+llmcompressor's recipe, modifier, observers and lifecycle do the calibrating; what is ours is where the weights live,
+and that many are worked on at once. The model is on the meta device. For each block: read its tensors, run the
+calibration batches through it, find the scales, encode, write, back to meta. Routed experts go through all of that as
+stacks (`experts.py`, `stacks.py`), whatever those do not know module by module under llmcompressor's hooks. The next
+block is on its way to the device meanwhile (`load.py`), and the one before to the disk (`handover.py`).
+
+The forward passes unquantized residual streams on, which is bit-identical to stock's sequential pipeline because that
+one disables quantization during calibration too.
 
 Shape letters: B batch, S sequence, C hc_mult, D hidden_size.
 """
@@ -201,7 +202,8 @@ class BlockStream:
                 encoded.add(tensor.spec.name)
             elif tensor.block == tensor.spec.block:
                 kept[tensor.spec].append(tensor.name)
-        specs = [s for s in self.plan.source_specs if s.block in set(blocks)]
+        wanted = set(blocks)
+        specs = [s for s in self.plan.source_specs if s.block in wanted]
         items = self._items(specs, kept, lambda s: self._is_forward(s.block) or s.name in encoded)
         return [(block, items[block]) for block in blocks]
 
@@ -224,7 +226,8 @@ class BlockStream:
             return []
         saved = self._streams.restore(finished)
         missing = finished[finished.index(saved) + 1 :] if saved else finished
-        specs = [s for s in self.plan.source_specs if s.block in set(missing)]
+        wanted = set(missing)
+        specs = [s for s in self.plan.source_specs if s.block in wanted]
         items = self._items(specs, {}, lambda _: True)
         return [(block, items[block]) for block in missing]
 

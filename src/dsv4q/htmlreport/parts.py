@@ -20,14 +20,16 @@ class Parts:
     def section(self, name: str, title: str, *builders: Builder) -> Html:
         """A headed part; each builder is marked by itself if its data is missing."""
         head = el("h2", {"id": f"{name}-title"}, title)
-        return el("section", {"id": name, "aria-labelledby": f"{name}-title"}, head, *map(self.guarded, builders))
+        inner = dict.fromkeys(map(self.guarded, builders))  # what several builders lack is said once
+        return el("section", {"id": name, "aria-labelledby": f"{name}-title"}, head, *inner)
 
     def guarded(self, builder: Builder) -> Html:
         """What the builder makes, or the mark of a gap."""
         try:
             return join(*builder())
         except Gap as gap:
-            self.gaps.append(str(gap))
+            if str(gap) not in self.gaps:
+                self.gaps.append(str(gap))
             return el("p", {"class": "gap"}, el("b", None, "Not shown: "), f"{gap}.")
 
 

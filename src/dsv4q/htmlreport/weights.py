@@ -132,6 +132,8 @@ def input_scales(report: Node) -> list[Html]:
     layers = [(name, block) for name, block in layers_of(report) if block.maybe("input_amax") is not None]
     projections = sorted({p for _, block in layers for p, _ in block.get("input_amax").items()})
     if not projections:
+        if any(name.endswith(".input_global_scale") for name in _stored_scales(report)):
+            raise Gap(f"{report.place} has input scales, but not what they cover (blocks[].input_amax)")
         return [el("p", None, "The recipe has no calibrated input scales.")]
     series: dict[str, list[tuple[float, float]]] = {p: [] for p in projections}
     rows: list[list[str | None]] = []
@@ -159,6 +161,11 @@ def _used_and_bound(block: Node, projection: str) -> tuple[float, float]:
     if not (_is_magnitude(used) and _is_magnitude(bound)):
         raise Gap(f"{found.place} is not positive and of a size that a float32 can have")
     return used, bound
+
+
+def _stored_scales(report: Node) -> list[str]:
+    found = [block.maybe("scales") for _, block in layers_of(report)]
+    return [name for scales in found if scales is not None for name, _ in scales.items()]
 
 
 def _is_magnitude(value: float) -> bool:
