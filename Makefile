@@ -1,11 +1,13 @@
-# make demo   set up .venv, then quantize a small checkpoint on the CPU and verify the result
+# make demo   set up .venv, then quantize a tiny trained model on the CPU, verify the result and evaluate it
 # make test   set up .venv, then run the tests
 # make lint   set up .venv, then ruff (lint and format) and mypy
 # make clean  remove .venv and everything built
 #
+# MODEL=models/tiny   the checkpoint of the demo: this one, or any other small one, such as `dsv4q toy` makes
 # PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
 # PIP_ARGS=...        extra options for every `pip install`, for example an index with CPU-only torch
 
+MODEL := models/tiny
 PYTHON ?= python3
 PIP_ARGS ?=
 
@@ -33,10 +35,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@rm -rf $(DEMO)
 	@mkdir -p $(DEMO)
-	$(BIN)/dsv4q toy --native $(DEMO)/source
-	$(BIN)/dsv4q plan $(DEMO)/source --config configs/toy.yaml
-	$(BIN)/dsv4q quantize $(DEMO)/source $(DEMO)/artifact --config configs/toy.yaml
-	$(BIN)/dsv4q verify-shards $(DEMO)/artifact --source $(DEMO)/source --deep
+	$(BIN)/dsv4q plan $(MODEL) --config configs/toy.yaml
+	$(BIN)/dsv4q quantize $(MODEL) $(DEMO)/artifact --config configs/toy.yaml --device cpu
+	$(BIN)/dsv4q verify-shards $(DEMO)/artifact --source $(MODEL) --deep
+	$(BIN)/dsv4q eval $(DEMO)/artifact --reference $(MODEL) --samples 16 --device cpu --save
+	$(BIN)/dsv4q report $(DEMO)/artifact
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

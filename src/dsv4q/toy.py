@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.calibration.data import ASSISTANT, BOS, EOS, PAD, THINK, THINK_END, USER
-from dsv4q.checkpoint.layout import CSA, HCA, SLIDING, Dims, Role, TensorSpec, source_tensors
+from dsv4q.checkpoint.generated import moments
+from dsv4q.checkpoint.layout import CSA, HCA, SLIDING, Dims, TensorSpec, source_tensors
 from dsv4q.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -245,24 +245,9 @@ def random_values(spec: TensorSpec, dims: Dims, seed: int) -> torch.Tensor:
     if spec.name.endswith("tid2eid"):
         order = rng.random((dims.vocab, dims.experts), dtype=np.float32).argsort(axis=1, kind="stable")
         return torch.from_numpy(order[:, : dims.experts_per_token].astype(np.int64, copy=True))
-    mean, std = _moments(spec)
+    mean, std = moments(spec)
     values = torch.from_numpy(rng.standard_normal(spec.shape, dtype=np.float32))
     return values.mul_(std).add_(mean).to(torch.bfloat16 if spec.dtype == "BF16" else torch.float32)
-
-
-def _moments(spec: TensorSpec) -> tuple[float, float]:
-    """Mean and standard deviation of a tensor's values."""
-    if spec.role == Role.EMBEDDING:
-        return 0.0, 1.0
-    if spec.name.endswith("norm.weight"):
-        return 1.0, 0.1
-    if spec.name.endswith("_scale"):
-        return 0.5, 0.1
-    if spec.name.endswith("gate.bias"):
-        return 0.0, 0.05
-    if len(spec.shape) == 1 or spec.name.endswith(".ape"):
-        return 0.0, 0.5
-    return 0.0, 1 / math.sqrt(spec.shape[-1])
 
 
 RANDOM = Form(

@@ -248,7 +248,7 @@ def kind_of(spec: TensorSpec, experts: int) -> Kind:
     if form is not None:
         scale = 2.0 ** round(-math.log2(spec.shape[1]) / 2)
         return Kind(form, spec.dtype, scale, width=_GROUP if form == _MXFP4 else 1)
-    mean, deviation = _moments(spec)
+    mean, deviation = moments(spec)
     return Kind(_NORMAL, spec.dtype, deviation, mean)
 
 
@@ -262,8 +262,8 @@ def grid_of(spec: TensorSpec) -> str | None:
     return _FP8 if linear or spec.module.endswith(".indexer.wq_b") else None
 
 
-def _moments(spec: TensorSpec) -> tuple[float, float]:
-    """Mean and standard deviation of a Gaussian tensor."""
+def moments(spec: TensorSpec) -> tuple[float, float]:
+    """Mean and standard deviation of a made-up tensor, so that many blocks stay finite."""
     if spec.role == Role.EMBEDDING:
         return 0.0, 1.0
     if spec.name.endswith("norm.weight"):
