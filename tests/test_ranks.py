@@ -67,6 +67,7 @@ def assert_same(one: Path, other: Path) -> None:
 def test_several_ranks_write_the_bytes_of_one(ranks: int, job: Job, alone: Path, tmp_path: Path) -> None:
     done = quantize(job.source, tmp_path / "out", ranks)
     assert done.code == 0, done.err
+    assert done.out.count("is complete") == 1
     assert_same(alone, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [rank["rank"] for rank in report["ranks"]] == list(range(ranks))

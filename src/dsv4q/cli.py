@@ -49,6 +49,8 @@ ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="What to make: 
 
 def _console(as_json: bool, quiet: bool) -> Console:
     console = Console(Mode.JSON if as_json else Mode.QUIET if quiet else Mode.HUMAN)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        console = Console(Mode.QUIET)  # of the ranks that torchrun started the first speaks; all name their errors
     _State.console = console
     return console
 
