@@ -23,14 +23,6 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.numpy().data
 
 
-def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in host memory; from a GPU by way of page-locked memory, which is several times as fast."""
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor)
-
-
 def decoded(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.Tensor:
     """F32 [T, out, in] that the stored tensors of T linears under the scheme of `module` stand for."""
     scheme = scheme_of(module)

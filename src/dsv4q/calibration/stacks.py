@@ -44,7 +44,6 @@ class StackPart:
 class StackLayout:
     """Which linears of a block make its stacks."""
 
-    experts: int
     members: dict[str, list[Member]]
     """`gate_up`: w1 and w3 of expert 0, of expert 1, and so on; `down`: w2."""
 
@@ -60,7 +59,7 @@ class StackLayout:
         }
         if not routed or {place for part in wanted.values() for place in part} != set(places):
             return None
-        found = cls(experts, {name: [places[place] for place in part] for name, part in wanted.items()})
+        found = cls({name: [places[place] for place in part] for name, part in wanted.items()})
         uniform = all(_kind(m) == _kind(part[0]) for part in found.members.values() for m in part)
         return found if uniform and all(_is_known(m) for m in routed) else None
 

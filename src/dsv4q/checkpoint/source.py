@@ -145,7 +145,7 @@ class Checkpoint:
         import torch
 
         entry = self._entry(name)
-        dtype = getattr(torch, _TORCH_NAMES.get(entry.dtype, ""), None)
+        dtype = getattr(torch, TORCH_NAMES.get(entry.dtype, ""), None)
         if dtype is None or math.prod(entry.shape) * DTYPE_BYTES[entry.dtype] != entry.nbytes:
             raise SourceError(
                 "A tensor cannot be made of these bytes",
@@ -197,12 +197,13 @@ class Checkpoint:
         return self.tensors[name]
 
 
-_TORCH_NAMES = {
+TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
+"""safetensors' names of dtypes -> torch's. By name, for torch is not imported here."""
 
 
 def _sample_extents(begin: int, end: int) -> list[tuple[int, int]]:

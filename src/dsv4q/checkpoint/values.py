@@ -14,14 +14,10 @@ import torch
 from torch import Tensor
 
 from dsv4q.checkpoint.foreign import E2M1, Encoding, Logical
+from dsv4q.checkpoint.source import TORCH_NAMES
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
-    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
+DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 """safetensors' names of dtypes."""
 _WIDE = (torch.float64, torch.int64, torch.int32, torch.uint64, torch.uint32)
 """Dtypes that F32 does not hold."""
