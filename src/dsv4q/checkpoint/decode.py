@@ -26,7 +26,8 @@ MXFP4_GROUP = 32
 E8M0_BIAS = 127
 E8M0_NAN = 0xFF
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""By code: sign << 3 | index."""
 _SAFE_MXFP4 = (0, 125 + E8M0_BIAS)
 """E8M0 codes under which every E2M1 value is a BF16 number: multiples of 2^-128 up to 1.5 * 2^127."""
 _SAFE_FP8 = (-124 + E8M0_BIAS, 119 + E8M0_BIAS)
@@ -136,6 +137,6 @@ def _refuse_if(bad: Tensor, what: str, expected: str, where: str) -> None:
 @cache
 def _e2m1_pairs(device: torch.device) -> Tensor:
     """I32 [256]: the two BF16 values of every byte, low nibble first (in memory, so little-endian machines only)."""
-    table = torch.tensor(_E2M1, dtype=torch.bfloat16)
+    table = torch.tensor(E2M1_VALUES, dtype=torch.bfloat16)
     byte = torch.arange(256)
     return torch.stack((table[byte & 15], table[byte >> 4]), dim=-1).view(torch.int32).flatten().to(device)

@@ -13,10 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dsv4q.checkpoint.decode import E2M1_VALUES
 from dsv4q.checkpoint.foreign import E2M1, Encoding, Logical
 from dsv4q.checkpoint.source import TORCH_NAMES
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 """safetensors' names of dtypes."""
 _WIDE = (torch.float64, torch.int64, torch.int32, torch.uint64, torch.uint32)
@@ -115,7 +115,7 @@ def _unpacked(words: Tensor, bits: int, count: int) -> Tensor:
 @cache
 def _e2m1_pairs(device: torch.device) -> Tensor:
     """F32 [256, 2]: the two values of every byte, low nibble first."""
-    table = torch.tensor(_E2M1, dtype=torch.float32)
+    table = torch.tensor(E2M1_VALUES, dtype=torch.float32)
     byte = torch.arange(256)
     return torch.stack((table[byte & 15], table[byte >> 4]), dim=-1).to(device)
 
