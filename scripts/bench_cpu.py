@@ -26,17 +26,17 @@ from torch import Tensor
 
 from bench_stock import calibrate, compress, save
 from bench_tables import table
-from dsv4q.calibration.data import load_calibration, load_tokenizer
-from dsv4q.calibration.encode import error_sums, nvfp4_decode, nvfp4_encode
-from dsv4q.calibration.exact import nvfp4_scales, round_e2m1
-from dsv4q.calibration.kernels import nvfp4_encode_measured
-from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP, upstream_names
-from dsv4q.calibration.upstream import quiet_libraries
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
+from dsv4q.data.tokens import load_calibration, load_tokenizer
+from dsv4q.formats.encode import error_sums, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.exact import nvfp4_scales, round_e2m1
+from dsv4q.formats.kernels import nvfp4_encode_measured
+from dsv4q.made_up.native import grid_form
+from dsv4q.made_up.toy import write_toy
+from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, upstream_names
+from dsv4q.model.upstream import quiet_libraries
 from dsv4q.quantize import Job, data_spec, quantize
-from dsv4q.toy import write_toy
-from dsv4q.toy_native import grid_form
 
 CONFIG = Path(__file__).parent.parent / "configs" / "toy.yaml"
 NVFP4 = QuantizationScheme(

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from dsv4q.calibration.stacks import StackLayout
-from dsv4q.checkpoint.layout import Role
-from dsv4q.checkpoint.plan import Plan
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.config import Config, load_config, parse_config
 from dsv4q.console import Console, Mode, Progress
+from dsv4q.layout import Role
+from dsv4q.plan.plan import Plan
 from dsv4q.quantize import Job, prepare, quantize, quantize_blocks
-from dsv4q.report import peak_memory
+from dsv4q.report.build import peak_memory
+from dsv4q.run.stacked import StackLayout
 
 CONFIG = Path(__file__).parent.parent / "configs" / "nvfp4-fp8-mtp.yaml"
 SHARDS = 3

@@ -18,9 +18,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from llmcompressor.observers import Observer
 from torch import Tensor
 
-from dsv4q.calibration.encode import fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
-from dsv4q.calibration.exact import fp8_block_scales, round_e2m1
-from dsv4q.calibration.observers import ExactFp8BlockObserver, ExactNvfp4Observer  # noqa: F401 - registers them
+from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.exact import fp8_block_scales, round_e2m1
+from dsv4q.run.observers import ExactFp8BlockObserver, ExactNvfp4Observer  # noqa: F401 - registers them
 
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
          "scale_dtype": "torch.float8_e4m3fn"}  # fmt: skip

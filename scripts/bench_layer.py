@@ -163,7 +163,7 @@ def parts(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]
 
 def verified(options: argparse.Namespace, source: Path) -> dict[str, Any]:
     """What `verify-shards --deep --source` says of the artifact."""
-    from dsv4q.checkpoint.verify import verify
+    from dsv4q.verify.judge import verify
 
     begin = time.perf_counter()
     result = verify(options.work / "artifact", source=source, deep=True, progress=None, device=options.device)

@@ -24,10 +24,10 @@ from llmcompressor import oneshot
 from torch.utils.data import DataLoader, Dataset
 
 from bench_dsv4q import add_options, config_of, finish, sync
-from dsv4q.calibration.data import load_calibration, load_tokenizer
-from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP, upstream_names
-from dsv4q.calibration.upstream import quiet_libraries
 from dsv4q.config import Config
+from dsv4q.data.tokens import load_calibration, load_tokenizer
+from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, upstream_names
+from dsv4q.model.upstream import quiet_libraries
 from dsv4q.quantize import Job, data_spec
 
 

@@ -31,7 +31,7 @@ from dsv4q.evaluate import Job as EvalJob
 from dsv4q.evaluate import evaluate
 from dsv4q.evaluation.data import DEFAULTS, DataRequest
 from dsv4q.evaluation.emulate import kernel_weight
-from dsv4q.evaluation.streams import DRAFT, Side, open_side
+from dsv4q.evaluation.side import DRAFT, Side, open_side
 from dsv4q.quantize import Job as QuantizeJob
 from dsv4q.quantize import quantize
 

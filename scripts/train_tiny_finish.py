@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from corpus import Conversation
-from dsv4q.calibration.data import DataSpec, load_calibration, load_tokenizer
-from dsv4q.calibration.model import build_meta_model, rebuild_rotary, set_tensor
-from dsv4q.checkpoint.layout import Dims, TensorSpec, source_tensors
 from dsv4q.checkpoint.native import open_source
-from dsv4q.toy import Form, ToyConfig, write_toy
-from dsv4q.toy_native import native_form, release_form, stored_specs
+from dsv4q.data.tokens import DataSpec, load_calibration, load_tokenizer
+from dsv4q.layout import Dims, TensorSpec, source_tensors
+from dsv4q.made_up.native import native_form, release_form, stored_specs
+from dsv4q.made_up.toy import Form, ToyConfig, write_toy
+from dsv4q.model.model import build_meta_model, rebuild_rotary, set_tensor
 from train_tiny_model import of_model, set_rounding
 from train_tiny_rounding import encoded
 

@@ -2,7 +2,7 @@
 
 MXFP4: E2M1 and one power of two for 32 columns; FP8: E4M3 and one power of two for 128x128. The scale is the smallest
 power of two under which the largest value of its block is in range, so nothing is clipped and the gradient of the
-straight-through estimate is 1 everywhere. Formats: `dsv4q/checkpoint/decode.py`.
+straight-through estimate is 1 everywhere. Formats: `dsv4q/formats/native.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsv4q.checkpoint.decode import E8M0_BIAS, FP8_BLOCK, MXFP4_GROUP
 from dsv4q.checkpoint.native import FP8, MXFP4
+from dsv4q.formats.native import E8M0_BIAS, FP8_BLOCK, MXFP4_GROUP
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)

@@ -22,7 +22,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv4q.checkpoint.layout import Dims, TensorSpec, source_tensors
+from dsv4q.layout import Dims, TensorSpec, source_tensors
 
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, Tensor]

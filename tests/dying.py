@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dsv4q.calibration.stream import BlockStream
 from dsv4q.cli import main
+from dsv4q.run.block import BlockStream
 
 real = BlockStream._next
 

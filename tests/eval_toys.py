@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from artifact_maker import copy, edit, read
-from dsv4q.calibration.data import load_tokenizer
 from dsv4q.console import Console, Mode
+from dsv4q.data.tokens import load_tokenizer
 from dsv4q.evaluate import Job, evaluate
 from dsv4q.evaluation.data import DataRequest
-from dsv4q.toy import write_toy
+from dsv4q.made_up.toy import write_toy
 
 CYCLE = "!#$%&()*+/:;<=>@[]^_{|}~"
 """Characters that the toy's tokenizer knows one by one; the text repeats them in this order."""

@@ -8,12 +8,12 @@ from typing import Any
 import dsv4q
 from dsv4q.config import Config, load_config
 from dsv4q.console import Console, Mode
+from dsv4q.made_up.toy import write_toy
 from dsv4q.quantize import Job, quantize
-from dsv4q.toy import write_toy
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-FLASH = Path(dsv4q.__file__).parent / "data" / "deepseek-v4-flash" / "config.json"
+FLASH = Path(dsv4q.__file__).parent / "releases" / "deepseek-v4-flash" / "config.json"
 """config.json of DeepSeek-V4-Flash, as the package has it."""
 
 VARYING = ("report.json", "report.html")

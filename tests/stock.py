@@ -1,6 +1,6 @@
 """Stock llmcompressor on a checkpoint of ours: its own sequential pipeline, its own save, read back for comparison.
 
-Also a tiny checkpoint of its own making, so that these tests do not depend on `dsv4q.toy`.
+Also a tiny checkpoint of its own making, so that these tests do not depend on `dsv4q.made_up.toy`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP, upstream_names
-from dsv4q.checkpoint.layout import Dims, TensorSpec, source_tensors
+from dsv4q.layout import Dims, TensorSpec, source_tensors
+from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, upstream_names
 
 ATTENTION_TARGET = r"re:.*\.(attn|self_attn)\.(wq_a|wq_b|wkv|wo_a|wo_b|q_a_proj|q_b_proj|kv_proj|o_a_proj|o_b_proj)$"
 EXPERT_TARGET = r"re:.*\.(ffn|mlp)\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dsv4q.calibration import stream
-from dsv4q.checkpoint.verify import verify
 from dsv4q.config import Config, parse_config
 from dsv4q.errors import ConfigError, DeviceError
 from dsv4q.quantize import Job
+from dsv4q.run import block as stream
+from dsv4q.verify.judge import verify
 from runs import run, toy_job
 
 

@@ -18,9 +18,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from dsv4q.checkpoint.journal import Journal
-from dsv4q.checkpoint.verify import verify
 from dsv4q.cli import main
-from dsv4q.toy import ToyConfig, write_toy
+from dsv4q.made_up.toy import ToyConfig, write_toy
+from dsv4q.verify.judge import verify
 from runs import CONFIGS
 
 INDEX = "model.safetensors.index.json"

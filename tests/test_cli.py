@@ -371,7 +371,7 @@ def test_ctrl_c_stops_a_run_with_a_hint_and_the_same_command_finishes_it(
 
 
 def test_a_resumed_run_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsv4q.calibration.stream import BlockStream
+    from dsv4q.run.block import BlockStream
 
     line = ("quantize", folder / "source", tmp_path / "out", "-c", TOY)
     real = BlockStream._decoder_block

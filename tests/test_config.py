@@ -14,10 +14,10 @@ import yaml
 from llmcompressor.recipe import Recipe
 from pydantic import BaseModel
 
-from dsv4q.calibration import observers  # noqa: F401 - registers the exact ones
-from dsv4q.checkpoint.schemes import as_library_scheme, stored_tensors
 from dsv4q.config import Config, Mtp, load_config, parse_config, with_dataset
 from dsv4q.errors import ConfigError, RecipeError
+from dsv4q.recipe.schemes import as_library_scheme, stored_tensors
+from dsv4q.run import observers  # noqa: F401 - registers the exact ones
 from runs import CONFIGS
 
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

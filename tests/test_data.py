@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from dsv4q.calibration import data as data_module
-from dsv4q.calibration.data import (
+from dsv4q.data import tokens as data_module
+from dsv4q.data.tokens import (
     ASSISTANT,
     BOS,
     EOS,
@@ -30,7 +30,7 @@ from dsv4q.calibration.data import (
     load_tokenizer,
 )
 from dsv4q.errors import DataError
-from dsv4q.toy import chat_samples, train_tokenizer
+from dsv4q.made_up.toy import chat_samples, train_tokenizer
 
 SPEC = DataSpec("rows.jsonl", None, samples=6, max_length=64, micro_batch=4, seed=3, chat_mode="chat")
 ONE = replace(SPEC, samples=1, max_length=4)
@@ -465,7 +465,7 @@ def test_tokenizer_without_a_chat_token_is_refused_by_name(tmp_path: Path, token
 
 def test_importing_data_imports_no_heavy_library() -> None:
     heavy = ("torch", "transformers", "datasets", "pyarrow")
-    code = f"import sys, dsv4q.calibration.data; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, dsv4q.data.tokens; print([m for m in {heavy} if m in sys.modules])"
     source = Path(data_module.__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True
@@ -479,7 +479,7 @@ def test_early_check_imports_neither_torch_nor_datasets(
 ) -> None:
     form(tmp_path / "set", [{"messages": CHAT}] * 9)
     code = (
-        "import sys; from pathlib import Path; from dsv4q.calibration.data import DataSpec, check_data;"
+        "import sys; from pathlib import Path; from dsv4q.data.tokens import DataSpec, check_data;"
         "check_data(DataSpec('set', 'train_sft', 1, 4, 1, 0, 'chat'), Path(sys.argv[1]));"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )

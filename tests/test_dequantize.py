@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from artifact_maker import edit
 from dsv4q.checkpoint.journal import INDEX, Journal
-from dsv4q.checkpoint.layout import source_tensors
-from dsv4q.checkpoint.verify import VerifyResult, verify
 from dsv4q.console import Console, Mode
 from dsv4q.dequantize import Job, dequantize
 from dsv4q.errors import ConfigError, Dsv4qError, OutputError, ResumeError, SourceError, WeightError
-from dsv4q.toy import ToyConfig, write_toy
-from dsv4q.toy_native import grid_form, native_form
+from dsv4q.layout import source_tensors
+from dsv4q.made_up.native import grid_form, native_form
+from dsv4q.made_up.toy import ToyConfig, write_toy
+from dsv4q.verify.judge import VerifyResult, verify
 from killing import changes_of, killed
 from runs import finished_files
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 import artifact_maker as maker
 from dsv4q import diff as story
-from dsv4q.calibration.encode import nvfp4_decode
 from dsv4q.console import Console, Mode
 from dsv4q.diff import Job, diff
 from dsv4q.errors import DeviceError, SourceError
-from dsv4q.toy import write_toy
-from dsv4q.toy_native import grid_form, native_form
+from dsv4q.formats.encode import nvfp4_decode
+from dsv4q.made_up.native import grid_form, native_form
+from dsv4q.made_up.toy import write_toy
 from runs import run, toy_job
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

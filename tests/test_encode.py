@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv4q.calibration.encode import (
+from dsv4q.formats.encode import (
     fp8_block_decode,
     fp8_block_encode,
     int_group_decode,

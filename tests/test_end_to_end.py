@@ -21,12 +21,12 @@ import yaml
 from safetensors import safe_open
 
 from artifact_maker import copy, edit
-from dsv4q.calibration.data import load_calibration, load_tokenizer
-from dsv4q.checkpoint.verify import verify
 from dsv4q.config import Config, parse_config
+from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.errors import CalibrationError
+from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.quantize import Job, data_spec, prepare
-from dsv4q.toy import ToyConfig, write_toy
+from dsv4q.verify.judge import verify
 from runs import CONFIGS, finished_files, run, toy_job
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -550,7 +550,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(peaks: dict[int, tu
 def test_reported_peak_is_this_process_and_not_its_parent(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys; held = bytearray(900_000_000);"
-        "child = 'from dsv4q.report import peak_memory; print(peak_memory()[\"host\"])';"
+        "child = 'from dsv4q.report.build import peak_memory; print(peak_memory()[\"host\"])';"
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)

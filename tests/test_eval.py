@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from artifact_maker import copy, edit_json, read
-from dsv4q.calibration.data import load_tokenizer
-from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP
-from dsv4q.checkpoint.verify import verify
+from dsv4q.data.tokens import load_tokenizer
 from dsv4q.errors import CalibrationError, DataError, SourceError
-from dsv4q.evaluation import scores, streams
+from dsv4q.evaluation import scores
+from dsv4q.evaluation import side as streams
 from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.evaluation.drafts import propose
-from dsv4q.evaluation.streams import Side, open_side
-from dsv4q.toy import ToyConfig, write_toy
-from dsv4q.toy_native import grid_form, native_form
+from dsv4q.evaluation.side import Side, open_side
+from dsv4q.made_up.native import grid_form, native_form
+from dsv4q.made_up.toy import ToyConfig, write_toy
+from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
+from dsv4q.verify.judge import verify
 from eval_toys import changed, noise_like, pair, run_eval, write_counting_toy
 from runs import run, toy_job
 from stock import load

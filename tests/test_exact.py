@@ -13,9 +13,9 @@ from llmcompressor.observers import Observer
 from llmcompressor.observers.helpers import fuse_weight_observers
 from torch import Tensor, nn
 
-from dsv4q.calibration.encode import fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
-from dsv4q.calibration.exact import fp8_block_scales, nvfp4_grid, nvfp4_scales, round_e2m1
-from dsv4q.calibration.observers import ExactFp8BlockObserver, ExactNvfp4Observer, settle_nvfp4
+from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.exact import fp8_block_scales, nvfp4_grid, nvfp4_scales, round_e2m1
+from dsv4q.run.observers import ExactFp8BlockObserver, ExactNvfp4Observer, settle_nvfp4
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 NVFP4_SCHEME = QuantizationScheme(

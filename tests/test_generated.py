@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv4q.calibration.encode import fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
-from dsv4q.calibration.exact import fp8_block_scales
-from dsv4q.checkpoint.compare import compare_with_layout
-from dsv4q.checkpoint.generated import GeneratedCheckpoint, grid_of
-from dsv4q.checkpoint.layout import Dims, Role
+from dsv4q.checkpoint.against_layout import compare_with_layout
 from dsv4q.errors import SourceError
-from dsv4q.toy import ToyConfig
-from dsv4q.toy_native import release_form
+from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.exact import fp8_block_scales
+from dsv4q.layout import Dims, Role
+from dsv4q.made_up.generated import GeneratedCheckpoint, grid_of
+from dsv4q.made_up.native import release_form
+from dsv4q.made_up.toy import ToyConfig
 
 CONFIG = ToyConfig().as_config_json()
 

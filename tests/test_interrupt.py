@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from dsv4q.interrupt import stoppable
+from dsv4q.host import stoppable
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

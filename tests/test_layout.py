@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv4q.checkpoint.layout import (
+from dsv4q.errors import SourceError
+from dsv4q.layout import (
     MAX_COUNT,
     Dims,
     Role,
@@ -22,7 +23,6 @@ from dsv4q.checkpoint.layout import (
     mtp_tensors,
     source_tensors,
 )
-from dsv4q.errors import SourceError
 from runs import FLASH
 
 CONFIG = load_config(FLASH)

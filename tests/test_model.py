@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from transformers import DeepseekV4Config
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from dsv4q.calibration.model import (
+from dsv4q.errors import SourceError
+from dsv4q.layout import Dims, source_tensors
+from dsv4q.model.model import (
     DeepseekV4ForCausalLMWithMTP,
     block_inputs,
     build_meta_model,
@@ -23,8 +25,6 @@ from dsv4q.calibration.model import (
     set_tensor,
     upstream_names,
 )
-from dsv4q.checkpoint.layout import Dims, source_tensors
-from dsv4q.errors import SourceError
 from stock import as_bytes, assert_same_tensors, load, tiny_config, write_tiny
 
 Tensors = dict[str, torch.Tensor]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsv4q.checkpoint.finish import carried_files
-from dsv4q.checkpoint.modelcard import model_card, serve_command, source_license
-from dsv4q.checkpoint.plan import make_plan
 from dsv4q.checkpoint.source import scan
 from dsv4q.config import Output, load_config
-from dsv4q.toy import ToyConfig
+from dsv4q.made_up.toy import ToyConfig
+from dsv4q.plan.modelcard import model_card, serve_command, source_license
+from dsv4q.plan.plan import make_plan
+from dsv4q.plan.small_files import carried_files
 from runs import CONFIGS
 
 MIT = "MIT License\n\nCopyright (c) somebody\n"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dsv4q.toy import ToyConfig, write_toy
-from dsv4q.toy_native import native_form
+from dsv4q.made_up.native import native_form
+from dsv4q.made_up.toy import ToyConfig, write_toy
 from test_scripts import SCRIPTS, run_script
 
 SMALL = ("--samples", 2, "--length", 32, "--micro-batch", 2, "--calibrate", 2, "--calibrate-length", 32)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dsv4q.checkpoint.native import scan_source
-from dsv4q.checkpoint.plan import make_plan, rank_shares
-from dsv4q.checkpoint.shares import Share
+from dsv4q.plan.plan import make_plan, rank_shares
+from dsv4q.plan.work import Share
 from dsv4q.quantize import Job
 from runs import CONFIGS, finished_files, toy_job
 

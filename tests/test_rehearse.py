@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 
 from dsv4q import rehearse as story
-from dsv4q.checkpoint.layout import Dims
-from dsv4q.checkpoint.plan import Plan, PlannedShard
-from dsv4q.checkpoint.verify import verify, verify_headers
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.cli import main
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
 from dsv4q.dropping import Dropping
 from dsv4q.errors import OutputError, SourceError, UsageError
+from dsv4q.layout import Dims
+from dsv4q.made_up.toy import ToyConfig, write_toy
+from dsv4q.plan.plan import Plan, PlannedShard
 from dsv4q.quantize import Job, quantize_blocks
 from dsv4q.rehearse import FLASH, Rehearsal, chosen_layers, cut_config, prepare, rehearse
-from dsv4q.toy import ToyConfig, write_toy
+from dsv4q.verify.judge import verify, verify_headers
 from runs import CONFIGS, toy_job
 
 TOY = load_config(CONFIGS / "toy.yaml")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dsv4q.calibration import oneshot, streams  # noqa: F401 - imported before any fork, so that no child pays for it
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.config import load_config
 from dsv4q.errors import Dsv4qError, OutputError, ResumeError
 from dsv4q.quantize import Job
+from dsv4q.run import pipeline, residuals  # noqa: F401 - imported before any fork, so that no child pays for it
 from killing import changes_of
 from killing import killed as killed_run
 from runs import CONFIGS, finished_files, run, toy_job
@@ -185,7 +185,7 @@ def test_residual_streams_that_vanished_are_computed_again(source: Path, whole: 
 def test_a_run_that_saved_no_residual_streams_is_resumed_with_the_same_bytes(
     source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "WORK_PER_SAVE", float("inf"))
+    monkeypatch.setattr(residuals, "WORK_PER_SAVE", float("inf"))
     job = killed(source, tmp_path / "out")
     assert not list((job.out / ".dsv4q").glob("streams.*"))
     run(job)
@@ -195,7 +195,7 @@ def test_a_run_that_saved_no_residual_streams_is_resumed_with_the_same_bytes(
 def test_residual_streams_that_live_on_disk_give_the_same_bytes(
     source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "STREAMS_IN_MEMORY", 0)
+    monkeypatch.setattr(residuals, "STREAMS_IN_MEMORY", 0)
     job = killed(source, tmp_path / "out")
     assert list((job.out / ".dsv4q").glob("streams.*"))
     run(job)

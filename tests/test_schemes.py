@@ -16,10 +16,10 @@ from llmcompressor.observers import Observer
 from pydantic import ValidationError
 from safetensors.torch import _TYPES
 
-from dsv4q.calibration import observers  # noqa: F401 - registers the exact ones
-from dsv4q.checkpoint import schemes
-from dsv4q.checkpoint.schemes import OBSERVERS, QuantArgs, Scheme, as_library_scheme, probe, stored_tensors
 from dsv4q.errors import RecipeError
+from dsv4q.recipe import schemes
+from dsv4q.recipe.schemes import OBSERVERS, QuantArgs, Scheme, as_library_scheme, probe, stored_tensors
+from dsv4q.run import observers  # noqa: F401 - registers the exact ones
 
 E4M3 = "torch.float8_e4m3fn"
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}

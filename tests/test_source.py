@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dsv4q.checkpoint.compare import compare_with_layout, draft_kind
-from dsv4q.checkpoint.layout import DTYPE_BYTES, Dims, TensorSpec, source_tensors
+from dsv4q.checkpoint.against_layout import compare_with_layout, draft_kind
 from dsv4q.checkpoint.source import INDEX, Checkpoint, open_checkpoint, scan
 from dsv4q.errors import SourceError
+from dsv4q.layout import DTYPE_BYTES, Dims, TensorSpec, source_tensors
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4q.calibration import stacks
-from dsv4q.calibration.experts import BatchedExperts, ExpertMemory
-from dsv4q.calibration.kernels import swiglu
 from dsv4q.config import Config, load_config, parse_config
+from dsv4q.formats.kernels import swiglu
 from dsv4q.quantize import Job
+from dsv4q.run import stacked as stacks
+from dsv4q.run.experts import BatchedExperts, ExpertMemory
 from runs import CONFIGS, finished_files, run, toy_job
 
 

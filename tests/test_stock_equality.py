@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from dsv4q.calibration.data import load_calibration, load_tokenizer
 from dsv4q.config import Config, Mtp, load_config, parse_config
 from dsv4q.console import Console, Mode
+from dsv4q.data.tokens import load_calibration, load_tokenizer
+from dsv4q.made_up.toy import write_toy
 from dsv4q.quantize import Job, data_spec, quantize
-from dsv4q.toy import write_toy
 from stock import as_bytes, assert_same_tensors, run_stock, write_tiny
 
 CONFIGS = Path(__file__).parent.parent / "configs"

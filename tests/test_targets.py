@@ -13,14 +13,14 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import is_match, match_named_modules
 
-from dsv4q.calibration.model import build_meta_model
-from dsv4q.checkpoint.layout import TensorSpec, source_tensors
-from dsv4q.checkpoint.plan import make_plan
-from dsv4q.checkpoint.schemes import Scheme
 from dsv4q.checkpoint.source import scan
-from dsv4q.checkpoint.targets import Selection, published_config, select
 from dsv4q.config import load_config, parse_config
-from dsv4q.toy import ToyConfig
+from dsv4q.layout import TensorSpec, source_tensors
+from dsv4q.made_up.toy import ToyConfig
+from dsv4q.model.model import build_meta_model
+from dsv4q.plan.plan import make_plan
+from dsv4q.plan.targets import Selection, published_config, select
+from dsv4q.recipe.schemes import Scheme
 from runs import CONFIGS
 
 TOY = ToyConfig()

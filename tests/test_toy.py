@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dsv4q import toy as toy_module
-from dsv4q.calibration.data import DataSpec, load_calibration, load_tokenizer
-from dsv4q.checkpoint.layout import TensorSpec, load_config, source_tensors
+from dsv4q.data.tokens import DataSpec, load_calibration, load_tokenizer
 from dsv4q.errors import ConfigError, OutputError
-from dsv4q.toy import (
+from dsv4q.layout import TensorSpec, load_config, source_tensors
+from dsv4q.made_up import toy as toy_module
+from dsv4q.made_up.toy import (
     RANDOM,
     SPECIAL_TOKENS,
     ToyConfig,
@@ -95,8 +95,8 @@ def test_same_seed_gives_the_same_bytes(toy: ToySummary, tmp_path: Path) -> None
 
 
 def test_another_process_with_another_hash_seed_gives_the_same_bytes(toy: ToySummary, tmp_path: Path) -> None:
-    code = "import sys, pathlib; from dsv4q.toy import write_toy; write_toy(pathlib.Path(sys.argv[1]))"
-    source = Path(toy_module.__file__).parents[1]
+    code = "import sys, pathlib; from dsv4q.made_up.toy import write_toy; write_toy(pathlib.Path(sys.argv[1]))"
+    source = Path(toy_module.__file__).parents[2]
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": str(source), "OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "other")], env=environment, check=True)
     assert digests(tmp_path / "other") == digests(toy.out)
@@ -281,10 +281,9 @@ def test_absent_yaml_is_refused(tmp_path: Path) -> None:
 
 
 def test_importing_toy_imports_no_heavy_library() -> None:
-    code = (
-        "import sys, dsv4q.toy; print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
-    )
-    source = Path(toy_module.__file__).parents[1]
+    heavy = ("torch", "transformers", "datasets", "numpy")
+    code = f"import sys, dsv4q.made_up.toy; print([m for m in {heavy} if m in sys.modules])"
+    source = Path(toy_module.__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True
     )

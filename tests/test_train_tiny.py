@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dsv4q.calibration.model import build_meta_model, rebuild_rotary, set_tensor
-from dsv4q.checkpoint.decode import fp8_to_bf16, mxfp4_to_bf16
-from dsv4q.checkpoint.layout import source_tensors
 from dsv4q.checkpoint.native import FP8, MXFP4, forms_of, open_source
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
 from dsv4q.dequantize import Job as DequantizeJob
 from dsv4q.dequantize import dequantize
+from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
+from dsv4q.layout import source_tensors
+from dsv4q.model.model import build_meta_model, rebuild_rotary, set_tensor
 from dsv4q.quantize import Job
 from runs import CONFIGS, run
 

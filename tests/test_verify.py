@@ -12,12 +12,12 @@ import torch
 
 import artifact_maker as maker
 from artifact_maker import CONFIG, INDEX, edit, edit_config, edit_json, read
-from dsv4q.calibration.encode import nvfp4_decode, nvfp4_encode
-from dsv4q.checkpoint.layout import Dims
-from dsv4q.checkpoint.verify import Difference, VerifyResult, verify, verify_headers
 from dsv4q.console import Console
 from dsv4q.errors import DeviceError, SourceError
-from dsv4q.show import show_verification
+from dsv4q.formats.encode import nvfp4_decode, nvfp4_encode
+from dsv4q.layout import Dims
+from dsv4q.report.show import show_verification
+from dsv4q.verify.judge import Difference, VerifyResult, verify, verify_headers
 
 EXPERT = "layers.1.ffn.experts.2"
 WQ_A = "layers.0.attn.wq_a"
@@ -195,7 +195,7 @@ def test_header_checks_do_not_import_torch(made: dict[str, Path]) -> None:
     import sys
 
     code = (
-        "import sys; from pathlib import Path; from dsv4q.checkpoint.verify import verify_headers;"
+        "import sys; from pathlib import Path; from dsv4q.verify.judge import verify_headers;"
         "assert verify_headers(Path(sys.argv[1])).ok; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(made["nvfp4"])], check=True)
@@ -1047,7 +1047,7 @@ def test_an_artifact_that_lost_its_quantization_config_is_not_taken_for_a_plain_
 def test_a_tensor_of_many_pieces_is_compared_piece_by_piece(
     plain: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv4q.checkpoint.verify_untouched.PIECE", 64)
+    monkeypatch.setattr("dsv4q.verify.untouched.PIECE", 64)
     weight = read(plain)["embed.weight"]
     weight.view(-1).view(torch.uint8)[[130, 131, 1000]] ^= 1
     edit(plain, {"embed.weight": weight})

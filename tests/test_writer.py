@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from safetensors import deserialize
 
-from dsv4q.checkpoint.plan import Plan, make_plan
 from dsv4q.checkpoint.source import scan
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.config import load_config
 from dsv4q.errors import DiskError, OutputError
-from dsv4q.toy import ToyConfig
+from dsv4q.made_up.toy import ToyConfig
+from dsv4q.plan.plan import Plan, make_plan
 from runs import CONFIGS
 
 

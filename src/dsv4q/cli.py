@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from dsv4q import __version__
 from dsv4q.console import Console, Mode, human_bytes, human_seconds
 from dsv4q.errors import DiskError, Dsv4qError, Interrupted, UsageError
-from dsv4q.interrupt import stoppable
+from dsv4q.host import stoppable
 
 
 class _Commands(TyperGroup):
@@ -94,8 +94,8 @@ def toy(
     and chat samples. The weights are random; with --grid or --native the quantized linears hold values that MXFP4
     and FP8 can store, and of one seed each is the other's dequantization.
     """
-    from dsv4q.toy import RANDOM, ToyConfig, load_toy_config, write_toy
-    from dsv4q.toy_native import grid_form, native_form
+    from dsv4q.made_up.native import grid_form, native_form
+    from dsv4q.made_up.toy import RANDOM, ToyConfig, load_toy_config, write_toy
 
     console = _console(as_json, quiet)
     if grid and native:
@@ -127,9 +127,9 @@ def plan(
     Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
     from dsv4q.checkpoint.native import scan_source
-    from dsv4q.checkpoint.plan import free_bytes, make_plan, rank_shares
     from dsv4q.config import load_config
-    from dsv4q.show import show_plan, show_ranks
+    from dsv4q.plan.plan import free_bytes, make_plan, rank_shares
+    from dsv4q.report.show import show_plan, show_ranks
 
     console = _console(as_json, quiet)
     parsed = load_config(config)
@@ -140,7 +140,7 @@ def plan(
     if ranks > 1:
         show_ranks(rank_shares(made, ranks), console)
     if skeleton is not None and not made.problems:
-        from dsv4q.checkpoint.finish import write_skeleton
+        from dsv4q.plan.small_files import write_skeleton
 
         write_skeleton(skeleton, source, made)
         console.talk(f"skeleton of {len(made.shards)} sparse shards written to {skeleton}")
@@ -174,8 +174,8 @@ def quantize(
     """
     from dsv4q import quantize as story
     from dsv4q.config import load_config, with_dataset
-    from dsv4q.report import show_report
-    from dsv4q.show import show_plan
+    from dsv4q.report.build import show_report
+    from dsv4q.report.show import show_plan
 
     console = _console(as_json, quiet)
     parsed = load_config(config)
@@ -219,7 +219,7 @@ def rehearse(
     """
     from dsv4q import rehearse as story
     from dsv4q.config import load_config
-    from dsv4q.rehearsal_result import show_rehearsal
+    from dsv4q.report.rehearsal import show_rehearsal
 
     console = _console(as_json, quiet)
     wanted = story.Rehearsal(out, load_config(config), source or story.FLASH, layers, keep, device)
@@ -275,8 +275,8 @@ def verify_shards(
     Names, dtypes, shapes and config by default; the data too with --deep; every byte against the checkpoint it was
     made from with --source. Exit code 3 if anything differs from what config.json and the format demand.
     """
-    from dsv4q.checkpoint.verify import verify
-    from dsv4q.show import show_verification
+    from dsv4q.report.show import show_verification
+    from dsv4q.verify.judge import verify
 
     console = _console(as_json, quiet)
     total_bytes = _folder_bytes(artifact) if deep or source else 0
@@ -317,7 +317,7 @@ def report(
     Sizes, weight errors, experts, input scales, time, memory, shards; verification and evaluation. The page needs no
     network. Headers are verified each time; exit code 3 if something differs from what must be there.
     """
-    from dsv4q.htmlreport.write import Job, write_report
+    from dsv4q.report.page.write import Job, write_report
 
     console = _console(as_json, quiet)
     total_bytes = _folder_bytes(artifact) if verify else 0
@@ -390,7 +390,7 @@ def diff_(
     is stored otherwise (even with equal values) or differs. Other files, config.json too, do not count.
     """
     from dsv4q import diff as story
-    from dsv4q.diff_result import show_diff
+    from dsv4q.foreign.result import show_diff
 
     console = _console(as_json, quiet)
     result = story.diff(story.Job(a, b, device), console)

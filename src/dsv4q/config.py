@@ -20,8 +20,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dsv4q.checkpoint.schemes import Scheme
 from dsv4q.errors import ConfigError, RecipeError
+from dsv4q.recipe.schemes import Scheme
 
 
 class _Frozen(BaseModel):
@@ -133,7 +133,7 @@ class Config(_Frozen):
 
     def library_recipe(self) -> dict[str, Any]:
         """The recipe for `oneshot`: the user's, with every group's format stated."""
-        from dsv4q.checkpoint.schemes import scheme_dict
+        from dsv4q.recipe.schemes import scheme_dict
 
         groups = {name: scheme_dict(scheme) for name, scheme in self.groups.items()}
         modifier = {"config_groups": groups, "ignore": list(self.ignore)}

@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from dsv4q import __version__
-from dsv4q.checkpoint.ahead import loaded_ahead
-from dsv4q.checkpoint.compare import compare_with_layout
-from dsv4q.checkpoint.finish import write_plain_files
+from dsv4q.checkpoint.against_layout import compare_with_layout
 from dsv4q.checkpoint.journal import Journal, check_output, is_finished
-from dsv4q.checkpoint.layout import Dims, source_tensors
 from dsv4q.checkpoint.native import NativeCheckpoint, forms_of, scan_source
 from dsv4q.checkpoint.output import already_there, disk_problem, place_problem, require_verified
-from dsv4q.checkpoint.plan import (
+from dsv4q.checkpoint.pipes import loaded_ahead
+from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
+from dsv4q.console import Console
+from dsv4q.errors import Dsv4qError, SourceError
+from dsv4q.host import stoppable
+from dsv4q.layout import Dims, source_tensors
+from dsv4q.plan.plan import (
     PlannedShard,
     PlannedTensor,
     ShardPlan,
@@ -32,11 +36,7 @@ from dsv4q.checkpoint.plan import (
     require_weights,
     shard_name,
 )
-from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
-from dsv4q.console import Console
-from dsv4q.errors import Dsv4qError, SourceError
-from dsv4q.interrupt import stoppable
+from dsv4q.plan.small_files import write_plain_files
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 
 from dsv4q import __version__
-from dsv4q.checkpoint.ahead import BUDGET, loaded_ahead
-from dsv4q.checkpoint.foreign import Logical, Names, logical_tensors
 from dsv4q.checkpoint.headers import AGAIN, TensorEntry, fill, opened, shown
-from dsv4q.checkpoint.layout import DTYPE_BYTES
+from dsv4q.checkpoint.pipes import BUDGET, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint, open_checkpoint
-from dsv4q.checkpoint.values import DTYPES, Coded
 from dsv4q.console import Console
-from dsv4q.device import usable_device
-from dsv4q.diff_result import EQUAL_BYTES, Pair, by_class, transitions
 from dsv4q.errors import DeviceError, SourceError
-from dsv4q.interrupt import stoppable
+from dsv4q.foreign.layouts import Logical, Names, logical_tensors
+from dsv4q.foreign.pairs import DTYPES, Coded
+from dsv4q.foreign.result import EQUAL_BYTES, Pair, by_class, transitions
+from dsv4q.host import stoppable, usable_device
+from dsv4q.layout import DTYPE_BYTES
 
 FORMAT = 1
 """Version of the result's structure."""

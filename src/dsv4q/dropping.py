@@ -12,9 +12,9 @@ from types import TracebackType
 
 import torch
 
-from dsv4q.checkpoint.plan import PlannedShard
-from dsv4q.checkpoint.verify_shard import DEVICE_BYTES, ShardJudge
 from dsv4q.errors import DeviceError
+from dsv4q.plan.plan import PlannedShard
+from dsv4q.verify.shard import DEVICE_BYTES, ShardJudge
 
 TOGETHER = 2
 """Shards that are being judged or wait for it; a further one has to wait before the run goes on."""

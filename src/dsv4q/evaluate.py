@@ -18,20 +18,19 @@ from typing import Any
 import torch
 
 from dsv4q import __version__
-from dsv4q.calibration.data import CalibrationData
-from dsv4q.calibration.upstream import quiet_libraries
-from dsv4q.checkpoint.ahead import BUDGET, loaded_ahead
 from dsv4q.checkpoint.journal import write_atomic
+from dsv4q.checkpoint.pipes import BUDGET, loaded_ahead
 from dsv4q.console import Console
-from dsv4q.device import usable_device
+from dsv4q.data.tokens import CalibrationData
 from dsv4q.errors import DeviceError
 from dsv4q.evaluation import metrics
 from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.evaluation.drafts import Acceptance, difference, judge_draft, step_1, step_2
 from dsv4q.evaluation.scores import ResidualError, Scores, residual_error, score
-from dsv4q.evaluation.streams import DRAFT, Piece, Side, form_of, open_side, require_alike
-from dsv4q.interrupt import stoppable
-from dsv4q.report import peak_memory
+from dsv4q.evaluation.side import DRAFT, Piece, Side, form_of, open_side, require_alike
+from dsv4q.host import stoppable, usable_device
+from dsv4q.model.upstream import quiet_libraries
+from dsv4q.report.build import peak_memory
 
 FORMAT = 1
 """Version of the result's structure."""

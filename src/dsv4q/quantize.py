@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q import __version__
-from dsv4q.checkpoint.finish import write_small_files
 from dsv4q.checkpoint.journal import Journal, check_output, is_finished
 from dsv4q.checkpoint.native import open_source, scan_source
 from dsv4q.checkpoint.output import already_there, disk_problem, finished_report, place_problem, require_verified
-from dsv4q.checkpoint.plan import (
+from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
+from dsv4q.config import Config
+from dsv4q.console import Console
+from dsv4q.errors import DataError, DeviceError, Dsv4qError
+from dsv4q.host import stoppable, usable_device
+from dsv4q.plan.plan import (
     Plan,
     ShardPlan,
     first_problem,
@@ -29,23 +34,17 @@ from dsv4q.checkpoint.plan import (
     require_weights,
     with_problem,
 )
-from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
-from dsv4q.config import Config
-from dsv4q.console import Console
-from dsv4q.device import usable_device
-from dsv4q.errors import DataError, DeviceError, Dsv4qError
-from dsv4q.htmlreport.write import PAGE, write_page_of_run, write_report
-from dsv4q.htmlreport.write import Job as ReportJob
-from dsv4q.interrupt import stoppable
-from dsv4q.report import build_report, peak_memory
+from dsv4q.plan.small_files import write_small_files
+from dsv4q.report.build import build_report, peak_memory
+from dsv4q.report.page.write import PAGE, write_page_of_run, write_report
+from dsv4q.report.page.write import Job as ReportJob
 
 if TYPE_CHECKING:
     import torch
 
-    from dsv4q.calibration.data import CalibrationData, DataSpec
-    from dsv4q.calibration.dist import Ranks
-    from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP
+    from dsv4q.data.tokens import CalibrationData, DataSpec
+    from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
+    from dsv4q.run.ranks import Ranks
 
 TESTED = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors")
 """Libraries whose version may change a bit of the artifact; a resume wants the same ones."""
@@ -119,7 +118,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         Dsv4qError: a named reason; finished blocks are kept and the same command goes on from there.
     """
     plan = _possible(job)
-    from dsv4q.calibration.dist import ranks
+    from dsv4q.run.ranks import ranks
 
     with open_source(job.source) as source, ranks(job.device) as here:
         run = _begin(job, plan, source, ranks=here)
@@ -227,8 +226,8 @@ def _run_blocks(run: Run, journal: Journal, console: Console) -> None:
     if all(block in journal.done for block in plan.blocks if plan.block_tensors(block)):
         writer.finish_blocks(plan.blocks)
         return
-    from dsv4q.calibration.oneshot import run_oneshot
-    from dsv4q.calibration.stream import BlockStream
+    from dsv4q.run.block import BlockStream
+    from dsv4q.run.pipeline import run_oneshot
 
     writer.finish_blocks(journal.done)
     total = sum(s.nbytes for s in plan.source_specs if plan.block_tensors(s.block))
@@ -269,7 +268,7 @@ def _return_freed_memory() -> None:
 
 def data_spec(job: Job) -> tuple[DataSpec, Path] | None:
     """What to calibrate on, and the folder that a relative path in the config is relative to."""
-    from dsv4q.calibration.data import DataSpec
+    from dsv4q.data.tokens import DataSpec
 
     wanted = job.config.calibration
     if wanted is None or not job.config.needs_data:
@@ -288,7 +287,7 @@ def data_spec(job: Job) -> tuple[DataSpec, Path] | None:
 
 
 def _data_problem(job: Job) -> Dsv4qError | None:
-    from dsv4q.calibration.data import check_data
+    from dsv4q.data.tokens import check_data
 
     wanted = data_spec(job)
     if wanted is None:
@@ -305,7 +304,7 @@ def _data_problem(job: Job) -> Dsv4qError | None:
 
 
 def _load_data(job: Job, plan: Plan) -> CalibrationData | None:
-    from dsv4q.calibration.data import load_calibration, load_tokenizer
+    from dsv4q.data.tokens import load_calibration, load_tokenizer
 
     wanted = data_spec(job)
     if wanted is None:

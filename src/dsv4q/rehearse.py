@@ -1,8 +1,8 @@
 """A run at the real dimensions without the real checkpoint: weights are made up, shards are judged and dropped.
 
 Everything between source and shards is `quantize`'s own code: plan, oneshot, calibration, encoding, writer, journal,
-report. What differs: the source (`checkpoint/generated.py`), and what becomes of a whole shard, which is judged on a
-thread of its own (`checkpoint/verify_shard.py`) and then deleted, so that the disk need is a few shards.
+report. What differs: the source (`made_up/generated.py`), and what becomes of a whole shard, which is judged on a
+thread of its own (`verify/shard.py`) and then deleted, so that the disk need is a few shards.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.checkpoint.ahead import BUDGET
-from dsv4q.checkpoint.finish import write_small_files
-from dsv4q.checkpoint.generated import GeneratedCheckpoint
 from dsv4q.checkpoint.journal import WORK, Journal, check_output, write_atomic
-from dsv4q.checkpoint.layout import Dims, load_config
 from dsv4q.checkpoint.output import disk_problem, place_problem
-from dsv4q.checkpoint.plan import Estimate, Plan, first_problem, free_bytes, make_plan, with_problem
-from dsv4q.checkpoint.verify import verify_headers
+from dsv4q.checkpoint.pipes import BUDGET
 from dsv4q.checkpoint.writer import ShardWriter
 from dsv4q.config import Config
 from dsv4q.console import Console, human_bytes
 from dsv4q.errors import OutputError, ResumeError, UsageError
-from dsv4q.interrupt import stoppable
+from dsv4q.host import stoppable
+from dsv4q.layout import Dims, load_config
+from dsv4q.made_up.generated import GeneratedCheckpoint
+from dsv4q.plan.plan import Estimate, Plan, first_problem, free_bytes, make_plan, with_problem
+from dsv4q.plan.small_files import write_small_files
 from dsv4q.quantize import Job, Run, data_spec, run_blocks, run_device
-from dsv4q.rehearsal_result import rehearsal_result
+from dsv4q.report.rehearsal import rehearsal_result
+from dsv4q.verify.judge import verify_headers
 
 if TYPE_CHECKING:
-    from dsv4q.calibration.data import CalibrationData, DataSpec
+    from dsv4q.data.tokens import CalibrationData, DataSpec
 
-FLASH = Path(__file__).parent / "data" / "deepseek-v4-flash"
+FLASH = Path(__file__).parent / "releases" / "deepseek-v4-flash"
 """Folder with the config.json of DeepSeek-V4-Flash."""
 
 
@@ -118,8 +118,8 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     console.talk(_announcement(rehearsal, prepared, data))
     prepared.source.make_pools()
     there = out.is_dir()
-    from dsv4q.checkpoint.verify_shard import ShardJudge
     from dsv4q.dropping import Dropping
+    from dsv4q.verify.shard import ShardJudge
 
     judge = ShardJudge(out, plan.artifact_config, prepared.source, device)
     dropping = Dropping(judge, out, keep=rehearsal.keep)
@@ -209,7 +209,7 @@ def _cut_plan(source: GeneratedCheckpoint, config: Config, whole: Plan) -> Plan:
 
 def _estimate(plan: Plan, source: GeneratedCheckpoint, keep: bool) -> Estimate:
     """The plan's needs, and those of the pools and of judging beside the run."""
-    from dsv4q.checkpoint.verify_shard import DEVICE_BYTES
+    from dsv4q.verify.shard import DEVICE_BYTES
 
     pools = source.pool_bytes
     return replace(
@@ -243,7 +243,7 @@ def calibration(rehearsal: Rehearsal, plan: Plan) -> CalibrationData | None:
     Raises:
         DataError: local data that cannot be used.
     """
-    from dsv4q.calibration.data import load_calibration, load_tokenizer
+    from dsv4q.data.tokens import load_calibration, load_tokenizer
 
     wanted = data_spec(Job(rehearsal.folder, rehearsal.out, rehearsal.config))
     if wanted is None:
@@ -261,7 +261,7 @@ def random_tokens(spec: DataSpec, vocab: int, reason: str) -> CalibrationData:
     import numpy as np
     import torch
 
-    from dsv4q.calibration.data import CalibrationData
+    from dsv4q.data.tokens import CalibrationData
 
     rng = np.random.Generator(np.random.Philox(key=spec.seed))
     ids = rng.integers(0, vocab, (spec.samples, spec.max_length), dtype=np.int64)

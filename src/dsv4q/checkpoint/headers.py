@@ -21,8 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.layout import DTYPE_BYTES, Shape
 from dsv4q.errors import SourceError
+from dsv4q.layout import DTYPE_BYTES, Shape
 
 MAX_HEADER = 100_000_000
 """Longest header that safetensors itself accepts, in bytes."""

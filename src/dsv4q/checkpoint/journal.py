@@ -4,7 +4,7 @@ All of it lives in `OUT/.dsv4q/`, which disappears when the artifact is finished
 
     lock            held with flock while a run is alive; the kernel frees it when the process dies
     journal.jsonl   first line the identity, then one line per finished block, each fsynced
-    streams.*       residual streams behind the last finished block (see calibration/stream.py)
+    streams.*       residual streams behind the last finished block (see run/block.py)
 
 A line is the last thing written for a block, after its tensors are on disk, so a block with a line is complete.
 """

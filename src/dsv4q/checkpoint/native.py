@@ -1,7 +1,7 @@
 """DeepSeek's own layout as a source: FP8 and MXFP4 weights beside their scales, read as the BF16 they stand for.
 
 The official release stores a linear `X` as `X.weight` and `X.scale`; the dtype of the weight says how, for each tensor
-on its own (tables in `decode.py`):
+on its own (tables in `formats/native.py`):
 
 | form  | `X.weight`              | `X.scale`                                                | which, in the release |
 |-------|-------------------------|----------------------------------------------------------|-----------------------|
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.headers import Findings, TensorEntry, few
-from dsv4q.checkpoint.layout import Dims, Role, Shape, TensorSpec, source_tensors
 from dsv4q.checkpoint.source import Checkpoint, require_sound, scan
 from dsv4q.errors import SourceError
+from dsv4q.layout import Dims, Role, Shape, TensorSpec, source_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class NativeCheckpoint(Checkpoint):
         stored = self.quantized.get(name)
         if stored is None:
             return self.on_disk.tensor(name)
-        from dsv4q.checkpoint.decode import fp8_to_bf16, mxfp4_to_bf16
+        from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
 
         weight, scale = self.on_disk.tensor(stored.weight.name), self.on_disk.tensor(stored.scale.name)
         where = f"{name} in {stored.weight.file}, {stored.scale.name} in {stored.scale.file}"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv4q.checkpoint.journal import INDEX, PAGE, REPORT, Journal, first_difference, is_finished
-from dsv4q.checkpoint.verify import VerifyResult, verify_headers
 from dsv4q.errors import DiskError, OutputError, VerificationFailed
+from dsv4q.verify.judge import VerifyResult, verify_headers
 
 
 def place_problem(out: Path) -> OutputError | None:

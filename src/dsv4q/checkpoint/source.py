@@ -34,8 +34,8 @@ from dsv4q.checkpoint.headers import (
     shown,
     strict_json,
 )
-from dsv4q.checkpoint.layout import DTYPE_BYTES, load_config
 from dsv4q.errors import SourceError
+from dsv4q.layout import DTYPE_BYTES, load_config
 
 if TYPE_CHECKING:
     import torch

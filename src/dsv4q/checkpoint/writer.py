@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 
 from dsv4q.checkpoint.journal import fsync_folder
-from dsv4q.checkpoint.plan import WRITE_BEHIND, WRITE_THREADS, PlannedShard, PlannedTensor, ShardPlan
 from dsv4q.errors import DiskError, OutputError
+from dsv4q.plan.plan import WRITE_BEHIND, WRITE_THREADS, PlannedShard, PlannedTensor, ShardPlan
 
 Data = memoryview | bytes | bytearray
 

@@ -1,6 +1,6 @@
 """The text to evaluate on, as batches of token ids: conversations (JSONL, JSON, parquet) or one plain text.
 
-Conversations and rows with `text` are encoded, shuffled and packed as for calibration (`calibration/data.py`), with a
+Conversations and rows with `text` are encoded, shuffled and packed as for calibration (`data/tokens.py`), with a
 fixed seed. A plain text is tokenized as a whole and cut into rows, each of which begins with BOS, as everything that
 the model was trained on does.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4q.calibration.data import BOS, CalibrationData, DataSpec, load_calibration, load_tokenizer
-from dsv4q.calibration.rows import FILE_TYPES
+from dsv4q.data.rows import FILE_TYPES
+from dsv4q.data.tokens import BOS, CalibrationData, DataSpec, load_calibration, load_tokenizer
 from dsv4q.errors import DataError, UsageError
 
 if TYPE_CHECKING:

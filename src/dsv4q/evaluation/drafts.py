@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4q.calibration.model import DeepseekV4ForCausalLMWithMTP
 from dsv4q.evaluation.metrics import estimate
 from dsv4q.evaluation.scores import greedy_ids
-from dsv4q.evaluation.streams import DRAFT, Side
+from dsv4q.evaluation.side import DRAFT, Side
+from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
 
 COLUMNS = ("positions", "accepted", "positions_2", "accepted_2", "all_2", "same_2")
 

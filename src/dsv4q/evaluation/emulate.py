@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsv4q.calibration.encode import (
+from dsv4q.errors import SourceError
+from dsv4q.formats.encode import (
     E2M1_MAX,
     E4M3_MAX,
     fp8_block_decode,
@@ -33,13 +34,12 @@ from dsv4q.calibration.encode import (
     int_group_decode,
     nvfp4_decode,
 )
-from dsv4q.calibration.exact import fp8_block_scales, round_e2m1
-from dsv4q.checkpoint.layout import Role, TensorSpec
-from dsv4q.checkpoint.verify_config import FP8, INT, NVFP4, Scheme
-from dsv4q.errors import SourceError
+from dsv4q.formats.exact import fp8_block_scales, round_e2m1
+from dsv4q.layout import Role, TensorSpec
+from dsv4q.verify.config import FP8, INT, NVFP4, Scheme
 
 if TYPE_CHECKING:
-    from dsv4q.checkpoint.verify_library import LibraryScheme
+    from dsv4q.verify.library import LibraryScheme
 
 Quantizer = Callable[[Tensor], Tensor]
 """A linear's input [..., N] -> the values that the kernel multiplies, same shape and dtype."""
@@ -81,7 +81,7 @@ def _served_fp8(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _decode_by_library(scheme: Scheme, stored: Mapping[str, Tensor]) -> Tensor:
-    from dsv4q.checkpoint.verify_library import LibraryScheme, Refused
+    from dsv4q.verify.library import LibraryScheme, Refused
 
     assert isinstance(scheme, LibraryScheme)
     try:
@@ -149,7 +149,7 @@ def quantizer(scheme: Scheme, stored: Mapping[str, Tensor], global_scale: Tensor
 
 def _library_quantizer(scheme: Scheme, stored: Mapping[str, Tensor]) -> Quantizer | None:
     """compressed-tensors' own rounding, for schemes that are not written down here."""
-    from dsv4q.checkpoint.verify_library import LibraryScheme
+    from dsv4q.verify.library import LibraryScheme
 
     assert isinstance(scheme, LibraryScheme)
     if scheme.library.input_activations is None:

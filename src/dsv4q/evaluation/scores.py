@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dsv4q.evaluation.streams import Side
+from dsv4q.evaluation.side import Side
 
 CHUNK = 1 << 25
 """Logits that exist at once for each model: 128 MiB as F32, 259 tokens of a vocabulary of 129,280."""

@@ -1,0 +1,233 @@
+"""A checkpoint against the layout: exact names, dtypes and shapes, and one error for each difference of one cause."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dsv4q.checkpoint.headers import TensorEntry, few, shown
+from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.errors import SourceError
+from dsv4q.layout import EXPERT_PROJECTIONS, Dims, Role, TensorSpec, source_tensors
+
+_MTP = re.compile(r"mtp\.(\d+)\.([^.]+)")
+_BLOCK = re.compile(r"(layers|mtp)\.\d+(?=\.)")
+_OURS = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+_EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "U8", "I8")
+
+
+def draft_kind(names: Iterable[str]) -> str:
+    """What lies under `mtp.`: 'none', 'mtp' (every layer has enorm and hnorm), 'dspark' (a Markov head and neither
+    norm; published under the same prefix) or 'unknown'."""
+    parts: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        if name.startswith("mtp."):
+            match = _MTP.match(name)
+            parts[match[1] if match else ""].add(match[2] if match else name)
+    norms = {"enorm", "hnorm"}
+    if not parts:
+        return "none"
+    if all(norms <= found for found in parts.values()):
+        return "mtp"
+    every = set().union(*parts.values())
+    return "dspark" if not norms & every and any("markov" in part for part in every) else "unknown"
+
+
+def compare_with_layout(checkpoint: Checkpoint, dims: Dims) -> list[SourceError]:
+    """Exact comparison of names, dtypes and shapes with `layout.source_tensors(dims)`; native ones as `as_source` does.
+
+    One error for each kind of difference and block, with the exact count and the first names; a difference that has
+    one known cause (another vocabulary, a quantized artifact, a draft that config.json does not describe) is one error.
+    Tensors that `checkpoint.problems` already accounts for are not called missing. No weights: nothing to compare.
+    """
+    if not checkpoint.has_weights:
+        return []
+    diff = _Difference.of(checkpoint, dims)
+    errors = [*_transformers_names(diff), *_artifact(diff), *_draft(diff, dims)]
+    errors += [*_missing_blocks(diff), *_missing_experts(diff, dims)]
+    foreign = "see whether config.json belongs to these files"
+    for names, kind, hint in (
+        (diff.missing, "missing", "download the checkpoint again, or correct the sizes in config.json"),
+        (diff.extra, "too many", f"{foreign}, and remove what is not the model's"),
+        (diff.dtype, "of another dtype", "convert the checkpoint again, keeping F32 tensors F32"),
+        (diff.shape, "of another shape", foreign),
+    ):
+        errors += _by_block(diff, names, kind, hint)
+    return errors
+
+
+@dataclass
+class _Difference:
+    """How a checkpoint differs from the layout, as names. Special cases take out what they explain."""
+
+    checkpoint: Checkpoint
+    specs: dict[str, TensorSpec]
+    missing: list[str]
+    extra: list[str]
+    dtype: list[str]
+    shape: list[str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dims: Dims) -> _Difference:
+        specs = {spec.name: spec for spec in source_tensors(dims)}
+        there = checkpoint.tensors
+        both = [name for name in specs if name in there]
+        return cls(
+            checkpoint,
+            specs,
+            missing=[n for n in specs if n not in there and n not in checkpoint.unread],
+            extra=[n for n in there if n not in specs],
+            dtype=[n for n in both if there[n].dtype != specs[n].dtype],
+            shape=[n for n in both if there[n].shape != specs[n].shape],
+        )
+
+    def explain(self, names: Iterable[str]) -> None:
+        """Leave these names out of the errors still to come."""
+        known = set(names)
+        for part in (self.missing, self.extra, self.dtype, self.shape):
+            part[:] = [name for name in part if name not in known]
+
+    def blocks(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Names by block, main blocks in the layout's order, what belongs to none at the end."""
+        groups: dict[str, list[str]] = {spec.block: [] for spec in self.specs.values()}
+        for name in names:
+            match = _BLOCK.match(name)
+            block = self.specs[name].block if name in self.specs else match[0] if match else "no block"
+            groups.setdefault(block, []).append(name)
+        return {block: group for block, group in groups.items() if group}
+
+    def error(self, what: str, expected: str, found: str, hint: str) -> SourceError:
+        return SourceError(what, where=self.checkpoint.root, expected=expected, found=found, hint=hint)
+
+
+def _transformers_names(diff: _Difference) -> list[SourceError]:
+    by_hf = {spec.hf_name: spec.name for spec in diff.specs.values()}
+    names = [name for name in diff.extra if name in by_hf]
+    if not names:
+        return []
+    diff.explain([*names, *(by_hf[name] for name in names)])
+    return [
+        diff.error(
+            f"{len(names):,} tensors have transformers' names instead of DeepSeek's",
+            f"upstream names such as {by_hf[names[0]]}",
+            few(names),
+            "use the original checkpoint; one saved by transformers has lost its mtp.* tensors",
+        )
+    ]
+
+
+def _artifact(diff: _Difference) -> list[SourceError]:
+    tensors, specs = diff.checkpoint.tensors, diff.specs
+    ours = [name for name in diff.extra if name.endswith(_OURS)]
+    if not ours:
+        return []
+    low = [n for n in diff.dtype if tensors[n].dtype in _EIGHT_BITS and specs[n].dtype == "BF16"]
+    diff.explain([*ours, *low, *(f"{name.removesuffix('.weight_packed')}.weight" for name in ours)])
+    found = [f"{len(ours):,} compressed-tensors tensors"]
+    found += [f"weights in {dtype}: {count:,}" for dtype, count in Counter(tensors[n].dtype for n in low).items()]
+    return [
+        diff.error(
+            "This source is a quantized artifact in compressed-tensors format, not a BF16 checkpoint",
+            "BF16 weights, or DeepSeek's own FP8 and MXFP4",
+            f"{', '.join(found)} ({few(ours)})",
+            "give the checkpoint that it was made from",
+        )
+    ]
+
+
+def _draft(diff: _Difference, dims: Dims) -> list[SourceError]:
+    key = "num_nextn_predict_layers"
+    names = [name for name in diff.checkpoint.tensors if name.startswith("mtp.")]
+    every = [*names, *(name for name in diff.checkpoint.unread if name.startswith("mtp."))]
+    told = f"{key}: {diff.checkpoint.config.get(key, 'no such key')}"
+    kind = draft_kind(every)
+    if kind == "dspark":
+        what, expected = "The draft under mtp. is a DSpark draft, not MTP", "mtp.N.enorm.weight and mtp.N.hnorm.weight"
+        found = f"a Markov head: {few([n for n in every if 'markov' in n])}"
+        hint = "use the release with MTP; DSpark drafts are not supported"
+    elif names and dims.mtp_layers == 0:
+        what, expected = "The files have MTP tensors, but config.json has no MTP layer", f"{key} of at least 1"
+        found = f"{told}; {len(names):,} mtp.* tensors: {few(names)}"
+        hint = f"restore {key} in config.json (DeepSeek-V4-Flash: 1), or remove the mtp.* tensors"
+    elif dims.mtp_layers > 0 and kind == "none":
+        count = sum(spec.is_mtp for spec in diff.specs.values())
+        what, expected = "config.json has MTP, but the files have no mtp.* tensor", f"{count:,} mtp.* tensors ({told})"
+        found, hint = "none", f"download a checkpoint with MTP, or set {key} to 0 to make an artifact without it"
+    else:
+        return []
+    diff.explain(name for name in (*diff.specs, *names) if name.startswith("mtp."))
+    return [diff.error(what, expected, found, hint)]
+
+
+def _missing_blocks(diff: _Difference) -> list[SourceError]:
+    whole = diff.blocks(diff.specs)
+    gone = {b: names for b, names in diff.blocks(diff.missing).items() if len(names) == len(whole[b]) > 1}
+    diff.explain(name for names in gone.values() for name in names)
+    hint = "download the checkpoint again, or correct the number of layers in config.json"
+    return [
+        diff.error(f"{block} is missing as a whole", f"{len(names):,} tensors: {few(names)}", "none of them", hint)
+        for block, names in gone.items()
+    ]
+
+
+def _missing_experts(diff: _Difference, dims: Dims) -> list[SourceError]:
+    """Experts of which all three projections are missing."""
+    errors = []
+    for block, names in diff.blocks(n for n in diff.missing if diff.specs[n].role == Role.ROUTED_EXPERT).items():
+        counts = Counter(diff.specs[name].expert for name in names)
+        gone = sorted(e for e, count in counts.items() if e is not None and count == len(EXPERT_PROJECTIONS))
+        if not gone:
+            continue
+        lost = [name for name in names if diff.specs[name].expert in gone]
+        diff.explain(lost)
+        errors.append(
+            diff.error(
+                f"{_count(gone, 'routed expert')} of {block} {_are(gone)} missing: {_ranges(gone)}",
+                f"{dims.experts:,} experts (n_routed_experts), numbered from 0",
+                f"{dims.experts - len(gone):,}; {len(lost):,} tensors are missing: {few(lost)}",
+                "download the checkpoint again, or correct n_routed_experts in config.json",
+            )
+        )
+    return errors
+
+
+def _by_block(diff: _Difference, names: Iterable[str], kind: str, hint: str) -> list[SourceError]:
+    """One error for the tensors of each block that are `kind`."""
+    errors = []
+    for block, group in diff.blocks(names).items():
+        entry = diff.checkpoint.tensors.get(group[0])
+        errors.append(
+            SourceError(
+                f"{_count(group, 'tensor')} of {block} {_are(group)} {kind}: {few([shown(n) for n in group])}",
+                where=diff.checkpoint.root / ("" if entry is None else entry.file),
+                expected=_described(diff.specs.get(group[0])),
+                found=_described(entry),
+                hint=hint,
+            )
+        )
+    return errors
+
+
+def _count(items: Sequence[object], noun: str) -> str:
+    return f"{len(items):,} {noun}{'s' * (len(items) != 1)}"
+
+
+def _are(items: Sequence[object]) -> str:
+    return "is" if len(items) == 1 else "are"
+
+
+def _described(tensor: TensorSpec | TensorEntry | None) -> str:
+    return "no such tensor" if tensor is None else f"{shown(tensor.name)} {tensor.dtype} {list(tensor.shape)}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text: [3, 7, 8, 9] -> '3, 7-9'."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return few([f"{a}" if a == b else f"{a}-{b}" for a, b in runs], most=12)

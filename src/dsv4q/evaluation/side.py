@@ -1,0 +1,332 @@
+"""One checkpoint, a block of it in memory at a time, and its residual streams.
+
+Shape letters: B batch, S sequence, C hc_mult (residual streams), D hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dsv4q.checkpoint.against_layout import draft_kind
+from dsv4q.checkpoint.headers import few
+from dsv4q.checkpoint.native import NativeCheckpoint, open_source
+from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.errors import CalibrationError, SourceError
+from dsv4q.evaluation.emulate import kernel_weight, quantizer, shares_input_scale
+from dsv4q.layout import Dims, TensorSpec, source_tensors
+from dsv4q.model.model import (
+    DeepseekV4ForCausalLMWithMTP,
+    block_inputs,
+    build_meta_model,
+    embed,
+    rebuild_rotary,
+    release,
+    run_block,
+    set_tensor,
+)
+from dsv4q.plan.plan import require_weights
+from dsv4q.verify.config import Scheme, Stored, judge_config
+from dsv4q.verify.result import Log
+
+DRAFT = "mtp.0"
+"""The draft that is judged. A server with one MTP layer uses it for every step; so does this for any number."""
+_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64,
+}  # fmt: skip
+_INPUT_SCALES = ("input_scale", "input_zero_point", "input_global_scale")
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One tensor of the model, and what it lies on disk as."""
+
+    side: Side
+    spec: TensorSpec
+    scheme: Scheme | None
+    names: Mapping[str, str]
+    """Suffix -> tensor in the file; one tensor under `weight` or the like if it is not quantized."""
+    nbytes: int
+
+    def load(self) -> dict[str, Tensor]:
+        """The stored tensors by suffix, on the host; for a GPU in page-locked memory. Runs on any thread."""
+        return {suffix: self.side.read(name) for suffix, name in self.names.items()}
+
+
+@dataclass(eq=False)
+class Side:
+    """One of the two checkpoints."""
+
+    name: str
+    """`reference` or `artifact`."""
+    checkpoint: Checkpoint
+    dims: Dims
+    schemes: Mapping[str, Scheme]
+    """How each quantized linear is stored, by upstream module name; empty for a plain or native checkpoint."""
+    device: torch.device
+    model: DeepseekV4ForCausalLMWithMTP
+    no_draft: str | None
+    """Why there is no MTP draft; None if there is one."""
+    streams: list[Tensor] = field(default_factory=list)
+    """Per micro-batch, BF16 [B, S, C, D] on the host: after the last block that was run."""
+    greedy: list[Tensor] = field(default_factory=list)
+    """Per micro-batch, I64 [B, S] on the host: the main model's own choice after each token."""
+    _pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    _scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Input scales of the linears of the block in memory, by upstream module name."""
+    _hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def pieces(self, block: str) -> list[Piece]:
+        """What block `block` is made of: `embed`, `layers.L`, `head` or `mtp.0`."""
+        if not self._pieces:
+            for spec in source_tensors(self.dims):
+                self._pieces.setdefault(spec.block, []).append(self._piece(spec))
+        return self._pieces[block]
+
+    def _piece(self, spec: TensorSpec) -> Piece:
+        scheme = self.schemes.get(spec.module) if spec.is_quantizable else None
+        if scheme is None:
+            names = {spec.name.rpartition(".")[2]: spec.name}
+        else:
+            names = {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
+        nbytes = sum(entry.nbytes for name in names.values() if (entry := self.checkpoint.tensors.get(name)))
+        return Piece(self, spec, scheme, names, nbytes)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored (as BF16 if natively quantized), on the host."""
+        entry = self.checkpoint.tensors[name]
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self.checkpoint.read_into(name, raw.numpy().data)
+        return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def install(self, piece: Piece, loaded: Mapping[str, Tensor]) -> None:
+        """Put one tensor into the model, decoded as the kernels see it."""
+        there = {suffix: tensor.to(self.device, non_blocking=True) for suffix, tensor in loaded.items()}
+        if piece.scheme is None:
+            (weight,) = there.values()
+        else:
+            weight = kernel_weight(piece.scheme, there)
+            self._scales[piece.spec.module] = {s: there[s] for s in _INPUT_SCALES if s in there}
+        set_tensor(self.model, piece.spec.hf_name, weight)
+
+    def emulate_inputs(self, block: str) -> None:
+        """From here to `release`, round the inputs of the block's quantized linears as the kernels do.
+
+        Raises:
+            SourceError: an input global scale that is not positive and finite.
+        """
+        linears = [p for p in self.pieces(block) if p.scheme is not None]
+        shared: dict[str, list[Tensor]] = defaultdict(list)
+        for piece in linears:
+            scale = self._scales[piece.spec.module].get("input_global_scale")
+            if scale is not None:
+                _check_scale(f"{piece.spec.module}.input_global_scale", scale)
+                shared[shares_input_scale(piece.spec)].append(scale.reshape(1))
+        divisors = {group: torch.cat(scales).amin().reshape(1) for group, scales in shared.items()}
+        for piece in linears:
+            assert piece.scheme is not None
+            scales = self._scales[piece.spec.module]
+            rounding = quantizer(piece.scheme, scales, divisors.get(shares_input_scale(piece.spec)))
+            if rounding is not None:
+                module = self.model.get_submodule(piece.spec.hf_name.removesuffix(".weight"))
+                self._hooks.append(module.register_forward_pre_hook(_rounded(rounding)))
+
+    def release(self, *blocks: str) -> None:
+        """Give back the memory of blocks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._scales.clear()
+        for block in blocks:
+            for module in self._modules(block):
+                release(module)
+
+    def _modules(self, block: str) -> list[nn.Module]:
+        kind, _, index = block.partition(".")
+        main = self.model.model
+        if kind == "layers":
+            return [main.layers[int(index)]]
+        if kind == "mtp":
+            return [self.model.mtp[int(index)]]
+        return [main.embed_tokens] if kind == "embed" else [main.hc_head, main.norm, self.model.lm_head]
+
+    # ------------------------------------------------------------------------------------------------ computing
+
+    def run(self, block: str, batches: Sequence[Tensor], check_stop: Callable[[], None]) -> None:
+        """Send every micro-batch through `embed` or `layers.L`, which is in memory.
+
+        Raises:
+            CalibrationError: non-finite residual streams.
+        """
+        for number, ids in enumerate(batches):
+            check_stop()
+            ids = ids.to(self.device)
+            if block == "embed":
+                out = embed(self.model, ids)
+                self.streams.append(out.cpu())
+            else:
+                inputs = block_inputs(self.model, ids)
+                streams = self.streams[number].to(self.device)
+                out = run_block(self.model, int(block.removeprefix("layers.")), streams, ids, inputs)
+                self.streams[number] = out.cpu()
+            self.require_finite(block, number, out)
+
+    def hidden(self, number: int) -> Tensor:
+        """BF16 [B, S, D]: what the head multiplies, of micro-batch `number`; `head` is in memory."""
+        main = self.model.model
+        out: Tensor = main.norm(main.hc_head(self.streams[number].to(self.device)))
+        return out
+
+    def require_finite(self, block: str, number: int, values: Tensor) -> None:
+        """Refuse NaN and Inf in what `block` computed of micro-batch `number`, and name a weight that explains them.
+
+        Raises:
+            CalibrationError: there are some.
+        """
+        if bool(torch.isfinite(values).all()):
+            return
+        culprit = next(self._spoiled(block), None)
+        raise CalibrationError(
+            f"The values of the {self.name} became non-finite",
+            where=f"{self.checkpoint.root}: {block}, micro-batch {number}",
+            expected="finite values after every block",
+            found=f"{int((~torch.isfinite(values)).sum()):,} of {values.numel():,} values are NaN or Inf"
+            + (f"; so is {culprit}" if culprit else ""),
+            hint="dsv4q verify-shards --deep finds damaged tensors",
+        )
+
+    def _spoiled(self, block: str) -> Iterator[str]:
+        for piece in self.pieces(block):
+            path, _, leaf = piece.spec.hf_name.rpartition(".")
+            owner = self.model.get_submodule(path)
+            tensor = owner._parameters.get(leaf, owner._buffers.get(leaf))
+            if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                yield piece.spec.name
+
+
+def _rounded(rounding: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda _module, args: (rounding(args[0]), *args[1:])
+
+
+def _check_scale(name: str, scale: Tensor) -> None:
+    value = float(scale.reshape(-1)[0])
+    if scale.numel() != 1 or not 0 < value < float("inf"):
+        raise SourceError(
+            "An input scale is not positive and finite",
+            where=name,
+            expected="one number above zero",
+            found=f"{value}" if scale.numel() == 1 else list(scale.shape),
+            hint="dsv4q verify-shards --deep names all of them",
+        )
+
+
+# ------------------------------------------------------------------------------------------------ opening
+
+
+def open_side(name: str, path: Path, device: torch.device) -> Side:
+    """Open a checkpoint of any form: BF16, native, or an artifact of compressed-tensors.
+
+    Raises:
+        SourceError: it is damaged, has no weights, lacks tensors, or its quantization_config cannot be read.
+    """
+    checkpoint = open_source(path)
+    require_weights(checkpoint)
+    dims = Dims.from_config(checkpoint.config, checkpoint.config_file)
+    schemes, log = _schemes(checkpoint, dims)
+    model = build_meta_model(checkpoint.config, str(path))
+    rebuild_rotary(model, device)
+    side = Side(name, checkpoint, dims, schemes, device, model, _why_no_draft(checkpoint, dims))
+    _require_tensors(side, log)
+    return side
+
+
+def _schemes(checkpoint: Checkpoint, dims: Dims) -> tuple[dict[str, Scheme], Log]:
+    log = Log()
+    settings = checkpoint.config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
+        return {}, log
+    schemes = judge_config(checkpoint.config, dims, source_tensors(dims), log)
+    if not schemes:
+        raise SourceError(
+            "The quantization_config says of no linear how it is stored",
+            where=checkpoint.config_file,
+            found=log.differences[0].text() if log.differences else "no target matches",
+            hint=f"dsv4q verify-shards {checkpoint.root} names everything that is wrong",
+        )
+    return schemes, log
+
+
+def _why_no_draft(checkpoint: Checkpoint, dims: Dims) -> str | None:
+    kind = draft_kind(checkpoint.tensors)
+    if kind == "none":
+        return "no mtp.* tensors"
+    if kind != "mtp":
+        return "a DSpark draft, which is not MTP" if kind == "dspark" else "mtp.* tensors that are no MTP block"
+    return None if dims.mtp_layers else "config.json has num_nextn_predict_layers 0"
+
+
+def _require_tensors(side: Side, log: Log) -> None:
+    """Every tensor that will be read is there, with the dtype and shape that it must have."""
+    blocks = ["embed", *(f"layers.{i}" for i in range(side.dims.layers)), "head"]
+    wrong: list[str] = []
+    for block in blocks if side.no_draft else [*blocks, DRAFT]:
+        wrong += [fault for piece in side.pieces(block) for fault in _faults(piece)]
+    if not wrong:
+        return
+    about = f"; {log.differences[0].text()}" if log.differences else ""
+    raise SourceError(
+        f"The {side.name} is not a whole checkpoint of its config.json",
+        where=side.checkpoint.root,
+        expected="every tensor of the model, as config.json describes it",
+        found=f"{len(wrong):,} are not: {few(wrong)}{about}",
+        hint=f"dsv4q verify-shards {side.checkpoint.root} names them all",
+    )
+
+
+def _faults(piece: Piece) -> Iterator[str]:
+    spec = piece.spec
+    wanted: Stored = {spec.name: ((spec.dtype,), spec.shape)}
+    if piece.scheme is not None:
+        wanted = {f"{spec.module}.{suffix}": how for suffix, how in piece.scheme.stored(spec.shape).items()}
+    for name, (dtypes, shape) in wanted.items():
+        entry = piece.side.checkpoint.tensors.get(name)
+        if entry is None:
+            yield f"{name} is missing"
+        elif entry.dtype not in dtypes or entry.shape != shape:
+            yield f"{name} is {entry.dtype} {list(entry.shape)} instead of {' or '.join(dtypes)} {list(shape)}"
+
+
+def form_of(side: Side) -> str:
+    """`bf16`, `native`, or the formats of a quantized artifact."""
+    if side.schemes:
+        return ", ".join(sorted({scheme.format for scheme in side.schemes.values()}))
+    return "native" if isinstance(side.checkpoint, NativeCheckpoint) else "bf16"
+
+
+def require_alike(reference: Side, artifact: Side) -> None:
+    """Two forms of one model, MTP aside.
+
+    Raises:
+        SourceError: vocabularies or other dimensions differ.
+    """
+    ours, theirs = reference.dims, artifact.dims
+    for field_name in (name for name in Dims.__dataclass_fields__ if name != "mtp_layers"):
+        mine, other = getattr(ours, field_name), getattr(theirs, field_name)
+        if mine != other:
+            what = "have different vocabularies" if field_name == "vocab" else "are not forms of one model"
+            raise SourceError(
+                f"The two checkpoints {what}",
+                where=f"{artifact.checkpoint.config_file}: {field_name}",
+                expected=f"{mine}, as in {reference.checkpoint.config_file}",
+                found=other,
+                hint="compare an artifact with the checkpoint that it was made from",
+            )

@@ -1,0 +1,113 @@
+"""Where a GPU kernel of ours pays: each function here has an eager twin with the same bits, which runs elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dsv4q.formats.encode import TILE, error_sums, nvfp4_decode, nvfp4_encode
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """Our Triton kernels, where Triton is installed and finds the C compiler that it builds its launchers with."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if importlib.util.find_spec("triton") is None or compiler is None or os.environ.get("DSV4Q_EAGER"):
+        return None
+    from dsv4q.formats import triton_kernels
+
+    return triton_kernels
+
+
+def _for(*tensors: Tensor) -> ModuleType | None:
+    """The kernels, if these tensors are ones they take: BF16 in order on an NVIDIA GPU of Ampere or newer."""
+    first = tensors[0]
+    if not first.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(first.device) < (8, 0):
+        return None
+    if not all(t.dtype is torch.bfloat16 and t.is_contiguous() for t in tensors):
+        return None
+    return _triton()
+
+
+def nvfp4_grid_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Lower, upper and amax of `exact.nvfp4_grid`, or None where eager code has to find them."""
+    kernels = _for(weight)
+    if kernels is None:
+        return None
+    lower, upper, amax, odd = kernels.grid(weight)
+    return None if int(odd) else (lower, upper, amax)
+
+
+@torch.no_grad()
+def nvfp4_encode_measured(
+    weight: Tensor, block_scale: Tensor, global_scale: Tensor, *, keep_negative_zero: bool
+) -> tuple[Tensor, Tensor]:
+    """Round weights to E2M1 under given scales, and measure what that costs.
+
+    Args:
+        weight: BF16 [T, M, N], N a multiple of 16.
+        block_scale: F32 [T, M, N/16], values that E4M3 has.
+        global_scale: F32 [T], divisors.
+        keep_negative_zero: see `encode.nvfp4_encode`.
+
+    Returns:
+        U8 [T, M, N/2], and F64 [T, 4] as `encode.error_sums` gives them. On a GPU the sums of squares may differ from
+        the eager ones in their last bits, for they are added in another order.
+    """
+    kernels = _for(weight)
+    if kernels is not None:
+        found: tuple[Tensor, Tensor] = kernels.nvfp4_encode_measured(
+            weight, block_scale.contiguous(), global_scale.contiguous(), keep_negative_zero
+        )
+        return found
+    if weight.is_cuda:
+        return _encode_measured(weight, block_scale, global_scale, keep_negative_zero)
+    return _encode_measured_in_tiles(weight, block_scale, global_scale, keep_negative_zero)
+
+
+def _encode_measured(weight: Tensor, block_scale: Tensor, global_scale: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    packed = nvfp4_encode(weight, block_scale, global_scale, keep_negative_zero=keep)
+    return packed, error_sums(weight, nvfp4_decode(packed, block_scale, global_scale))
+
+
+def _encode_measured_in_tiles(
+    weight: Tensor, block_scale: Tensor, global_scale: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Several small tensors at a time, or some rows of a large one."""
+    tensors, rows, columns = weight.shape
+    packed = torch.empty(tensors, rows, columns // 2, dtype=torch.uint8)
+    sums = torch.zeros(tensors, 4, dtype=torch.float64)
+    together, step = max(1, TILE // (rows * columns)), max(1, TILE // columns)
+    for t in range(0, tensors, together):
+        some = slice(t, t + together)
+        for row in range(0, rows, step):
+            part = (some, slice(row, row + step))
+            packed[part], found = _encode_measured(weight[part], block_scale[part], global_scale[some], keep)
+            found[:, 0] *= weight[part].shape[1] / rows
+            sums[some, :3] += found[:, :3]
+            sums[some, 3] = torch.maximum(sums[some, 3], found[:, 3])
+    return packed, sums
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit) of an expert, written into `gate`; `up` is consumed too.
+
+    Args:
+        gate, up: BF16 [tokens, F].
+        ends: F32 [2], receives the smallest and the largest element of the result.
+
+    Source of the formula: `DeepseekV4Experts._apply_gate` of transformers, rounded to BF16 at the same places.
+    """
+    kernels = _for(gate, up)
+    if kernels is not None:
+        found: Tensor = kernels.swiglu(gate, up, limit, ends)
+        return found
+    hidden = torch.nn.functional.silu(gate.clamp_(max=limit), inplace=True).mul_(up.clamp_(min=-limit, max=limit))
+    ends.copy_(torch.stack(torch.aminmax(hidden)))
+    return hidden

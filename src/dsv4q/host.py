@@ -1,0 +1,96 @@
+"""The machine: the device that `--device` names, memory in use, Ctrl-C and SIGTERM at places of our choosing.
+
+Python raises KeyboardInterrupt between any two steps of the main thread, also while it holds the lock of a future that
+a worker waits for; then the pool never ends and the run hangs instead of stopping. So during a run the signal only sets
+a flag, and the run asks for it between tensors and micro-batches. SIGTERM, which torchrun and Slurm send to what they
+end, is taken in the same way, so that a rank says why it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsv4q.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usable_device(name: str) -> torch.device:
+    """The device called `name`: auto, cpu, cuda or cuda:N; tried out.
+
+    Raises:
+        DeviceError: another name; no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = "auto, cpu, cuda or cuda:N"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise DeviceError("There is no such device", where="--device", expected=expected, found=repr(name))
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(
+            "There is no such device", where=f"--device {name}", expected=expected, found=str(error).splitlines()[0]
+        ) from error
+    return device
+
+
+def memory_now(device: torch.device) -> dict[str, int]:
+    """Bytes: `host`, resident; on a GPU also `gpu`, what torch has allocated on `device`."""
+    found = {"host": _resident()}
+    if device.type == "cuda":
+        import torch
+
+        found["gpu"] = int(torch.cuda.memory_allocated(device))
+    return found
+
+
+def _resident() -> int:
+    """From Linux' own count of pages; elsewhere only the peak is known."""
+    pages = Path("/proc/self/statm")
+    if pages.is_file():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], None]]:
+    """Context in which Ctrl-C and SIGTERM wait for a call of the function that it gives: it raises KeyboardInterrupt.
+
+    A second Ctrl-C ends the process at once; what is finished is on disk at any moment. Off the main thread, where no
+    handler can be set, signals are left as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    asked: set[int] = set()
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and number in asked:
+            os._exit(1)
+        asked.add(number)
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    check()

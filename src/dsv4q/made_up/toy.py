@@ -1,0 +1,441 @@
+"""Small real DeepSeek-V4 checkpoints: the input of the demo, the tests and CI.
+
+A toy has everything that the release has, only narrower: sliding-window, ratio-4 and ratio-128 layers, hash and
+score routing, an MTP layer, several shards with an index, config.json, a tokenizer, chat samples. Names, dtypes
+and shapes come from `layout.py`; the values are random (see `random_values`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4q.data.tokens import ASSISTANT, BOS, EOS, PAD, THINK, THINK_END, USER
+from dsv4q.errors import ConfigError, OutputError
+from dsv4q.layout import CSA, HCA, SLIDING, Dims, TensorSpec, source_tensors
+from dsv4q.made_up.generated import moments
+
+if TYPE_CHECKING:
+    import torch
+
+SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, THINK_END)
+"""Ids 0 to 6 of the toy tokenizer. The first three are special, the rest plain added tokens, as in the release."""
+
+LEAST_VOCAB = 256 + len(SPECIAL_TOKENS)
+CONVERSATIONS = 256
+"""About 360 tokens each: enough for 64 samples of 512 tokens, the shipped configs' calibration."""
+
+MAX_SHARDS = 99999
+LICENSE = """MIT License
+
+Copyright (c) 2023 DeepSeek
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+"""
+
+ENCODING_README = f"""# Chat encoding
+
+A conversation is plain text for the tokenizer; there is no Jinja template.
+
+    {BOS}SYSTEM{USER}QUESTION{ASSISTANT}{THINK_END}ANSWER{EOS}
+
+In thinking mode an answer is {THINK}REASONING{THINK_END}ANSWER instead.
+"""
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """Dimensions of a toy, under the names of config.json, and the number of shards.
+
+    The defaults keep each input dimension of a quantizable linear a multiple of 128 (INT4 groups and FP8 block
+    columns need it), while `wkv` has 64 rows, so that a ragged FP8 block occurs.
+
+    Raises:
+        ConfigError: a value that no DeepSeek-V4 model can have.
+    """
+
+    hidden_size: int = 256
+    moe_intermediate_size: int = 128
+    n_routed_experts: int = 8
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 2
+    compress_ratios: tuple[int, ...] = (SLIDING, SLIDING, CSA, HCA, CSA)
+    """One entry per main layer; those of the MTP layers (sliding window) are added in config.json."""
+    num_hash_layers: int = 3
+    num_nextn_predict_layers: int = 1
+    num_attention_heads: int = 4
+    head_dim: int = 64
+    qk_rope_head_dim: int = 16
+    q_lora_rank: int = 128
+    o_groups: int = 2
+    o_lora_rank: int = 64
+    index_n_heads: int = 2
+    index_head_dim: int = 32
+    index_topk: int = 16
+    hc_mult: int = 4
+    sliding_window: int = 32
+    vocab_size: int = 512
+    shards: int = 4
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = {"num_hash_layers": 0, "num_nextn_predict_layers": 0, "vocab_size": LEAST_VOCAB}.get(field.name, 1)
+            if field.name != "compress_ratios" and (type(value) is not int or value < least):
+                raise ConfigError(
+                    "The toy cannot have this value",
+                    where=field.name,
+                    expected=f"an integer of at least {least}",
+                    found=repr(value),
+                )
+        for where, holds, expected in self._rules():
+            if not holds:
+                raise ConfigError("The toy cannot have this value", where=where, expected=expected, found=self)
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        ratios = self.compress_ratios
+        known = bool(ratios) and all(type(r) is int and r in (SLIDING, CSA, HCA) for r in ratios)
+        yield "compress_ratios", known, "one entry out of 0, 4 and 128 for each main layer"
+        yield "num_hash_layers", self.num_hash_layers <= len(ratios), f"at most {len(ratios)}, the main layers"
+        yield "num_experts_per_tok", self.num_experts_per_tok <= self.n_routed_experts, "at most n_routed_experts"
+        yield "o_groups", self.num_attention_heads % self.o_groups == 0, "a divisor of num_attention_heads"
+        yield "qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "an even number"
+        narrow = min(self.head_dim, self.index_head_dim)
+        yield "qk_rope_head_dim", self.qk_rope_head_dim <= narrow, "at most head_dim and index_head_dim"
+        yield "shards", self.shards <= MAX_SHARDS, f"at most {MAX_SHARDS}"
+
+    def as_config_json(self, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The config.json of the toy: every key of the release's but the two that say how it is quantized; `more`."""
+        dims = dataclasses.asdict(self)
+        del dims["shards"]
+        dims["compress_ratios"] = [*self.compress_ratios, *[SLIDING] * self.num_nextn_predict_layers]
+        return dict(sorted({**_FIXED, **dims, "num_hidden_layers": len(self.compress_ratios), **(more or {})}.items()))
+
+    @property
+    def dims(self) -> Dims:
+        return Dims.from_config(self.as_config_json())
+
+
+_FIXED: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "compress_rope_theta": 160000,
+    "eos_token_id": 1,
+    "hc_eps": 1e-06,
+    "hc_sinkhorn_iters": 20,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 1048576,
+    "model_type": "deepseek_v4",
+    "norm_topk_prob": True,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "swiglu_limit": 10.0,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.57.1",
+    "use_cache": True,
+}
+"""Keys of the release's config.json that are no dimension, with the release's values."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What lies in a toy's files; the model is the same in every form."""
+
+    config: Mapping[str, Any]
+    """More keys of config.json."""
+    stored: Callable[[TensorSpec], tuple[TensorSpec, ...]]
+    """Tensor of the model -> the tensors in the files: names, dtypes, shapes."""
+    values: Callable[[TensorSpec, Dims, int], tuple[torch.Tensor, ...]]
+    """(tensor of the model, dimensions, seed) -> values of each of them, in the same order."""
+
+
+@dataclass(frozen=True)
+class ToySummary:
+    """What `write_toy` wrote."""
+
+    out: Path
+    tensors: int
+    mtp_tensors: int
+    nbytes: int
+    """Bytes of tensor data, as in `metadata.total_size` of the index."""
+    shards: tuple[Path, ...]
+    files: tuple[Path, ...]
+    """Every other file."""
+    conversations: int
+
+
+def load_toy_config(path: Path) -> ToyConfig:
+    """Read a YAML mapping of ToyConfig's fields; those left out keep their defaults.
+
+    Raises:
+        ConfigError: absent, not UTF-8 YAML, not a mapping, an unknown key, an impossible value.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("The toy config cannot be read", where=path, found=error.strerror) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("The toy config is not valid YAML", where=path, found=error) from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError("The toy config is not a mapping", where=path, found=type(values).__name__)
+    known = [field.name for field in dataclasses.fields(ToyConfig)]
+    for key in values:
+        if key not in known:
+            raise ConfigError("The toy config has an unknown key", where=f"{path}: {key}", expected=", ".join(known))
+    ratios = values.get("compress_ratios")
+    if isinstance(ratios, list):
+        values["compress_ratios"] = tuple(ratios)
+    elif ratios is not None:
+        raise ConfigError("This is not a list", where=f"{path}: compress_ratios", found=repr(ratios))
+    return ToyConfig(**values)
+
+
+def random_values(spec: TensorSpec, dims: Dims, seed: int) -> torch.Tensor:
+    """Random values of one tensor: a function of (seed, name, shape) alone, so that order does not matter.
+
+    Scales are those of a trained model as far as a forward pass feels them: linears keep the variance of their
+    input, norms are near 1, hyper-connections mix all streams, `tid2eid` has distinct experts in each row.
+    The stream is NumPy's Philox, keyed with a digest: it is the same on every machine and thread count.
+    """
+    import numpy as np
+    import torch
+
+    key = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()[:16]
+    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    if spec.name.endswith("tid2eid"):
+        order = rng.random((dims.vocab, dims.experts), dtype=np.float32).argsort(axis=1, kind="stable")
+        return torch.from_numpy(order[:, : dims.experts_per_token].astype(np.int64, copy=True))
+    mean, std = moments(spec)
+    values = torch.from_numpy(rng.standard_normal(spec.shape, dtype=np.float32))
+    return values.mul_(std).add_(mean).to(torch.bfloat16 if spec.dtype == "BF16" else torch.float32)
+
+
+RANDOM = Form(
+    config={}, stored=lambda spec: (spec,), values=lambda spec, dims, seed: (random_values(spec, dims, seed),)
+)
+"""A BF16 checkpoint of random weights, which lie on no grid. `native.py` has other forms."""
+
+
+def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, form: Form = RANDOM) -> ToySummary:
+    """Write a complete toy checkpoint into `out`; memory holds one shard.
+
+    The index comes last, so a folder with an index is whole. The same arguments give the same bytes. Only
+    weights depend on `seed`; tokenizer and chat samples are the same for all toys of one vocabulary size.
+
+    Raises:
+        OutputError: `out` is a file, is not empty, or cannot be written.
+        ConfigError: more shards than tensors.
+    """
+    toy = ToyConfig() if toy is None else toy
+    dims = toy.dims
+    parts = {part: (spec, i) for spec in source_tensors(dims) for i, part in enumerate(form.stored(spec))}
+    origins = {part.name: origin for part, origin in parts.items()}
+    shards = _shards(list(parts), toy.shards)
+
+    def make(name: str) -> torch.Tensor:
+        spec, index = origins[name]
+        return form.values(spec, dims, seed)[index].contiguous()
+
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(
+                "The output folder is not empty",
+                where=out,
+                expected="a new or empty folder",
+                hint="give another folder, or remove this one first",
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        conversations = chat_samples()
+        texts = _small_files(toy, form, conversations)
+        for name, text in texts.items():
+            _write_text(out / name, text)
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, members in zip(names, shards, strict=True):
+            _write_shard(out / name, members, make)
+        nbytes = sum(part.nbytes for part in parts)
+        weight_map = {part.name: name for name, members in zip(names, shards, strict=True) for part in members}
+        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_text(out / "model.safetensors.index.json", _pretty(index))
+    except OSError as error:
+        raise OutputError("The toy cannot be written", where=error.filename or out, found=error.strerror) from error
+    return ToySummary(
+        out=out,
+        tensors=len(parts),
+        mtp_tensors=sum(part.is_mtp for part in parts),
+        nbytes=nbytes,
+        shards=tuple(out / name for name in names),
+        files=tuple(out / name for name in (*texts, "model.safetensors.index.json")),
+        conversations=len(conversations),
+    )
+
+
+def _shards(specs: Sequence[TensorSpec], count: int) -> list[list[TensorSpec]]:
+    """Cut `specs` into exactly `count` contiguous shards of about equal bytes, none of them empty."""
+    if count > len(specs):
+        raise ConfigError("The toy has more shards than tensors", where="shards", expected=len(specs), found=count)
+    total = sum(spec.nbytes for spec in specs)
+    shards: list[list[TensorSpec]] = [[]]
+    before = 0
+    for i, spec in enumerate(specs):
+        wanted = int((before + spec.nbytes / 2) * count / total)
+        forced = count - (len(specs) - i)
+        if shards[-1] and max(wanted, forced) >= len(shards):
+            shards.append([])
+        shards[-1].append(spec)
+        before += spec.nbytes
+    return shards
+
+
+def _write_shard(path: Path, specs: Sequence[TensorSpec], make: Callable[[str], torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {spec.name: make(spec.name) for spec in specs}
+    for spec in specs:
+        assert tuple(tensors[spec.name].shape) == spec.shape, spec.name
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # save_file leaves the 0600 of its temporary file
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text.encode("utf-8"))
+    path.chmod(0o644)
+
+
+def _pretty(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _small_files(toy: ToyConfig, form: Form, conversations: Sequence[list[dict[str, str]]]) -> dict[str, str]:
+    """Name -> text of all files but the shards and the index."""
+    generation = {"_from_model_config": True, "bos_token_id": 0, "do_sample": True, "eos_token_id": 1}
+    return {
+        "config.json": _pretty(toy.as_config_json(form.config)),
+        "generation_config.json": _pretty({**generation, "temperature": 1.0, "top_p": 1.0}),
+        "tokenizer.json": train_tokenizer(conversations, toy.vocab_size),
+        "tokenizer_config.json": _pretty(_TOKENIZER_CONFIG),
+        "encoding/README.md": ENCODING_README,
+        "LICENSE": LICENSE,
+        "chat_samples.jsonl": "".join(
+            json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations
+        ),
+    }
+
+
+_TOKENIZER_CONFIG = {
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "bos_token": SPECIAL_TOKENS[0],
+    "clean_up_tokenization_spaces": False,
+    "eos_token": SPECIAL_TOKENS[1],
+    "model_max_length": 1048576,
+    "pad_token": SPECIAL_TOKENS[2],
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+
+
+def train_tokenizer(conversations: Sequence[list[dict[str, str]]], vocab_size: int) -> str:
+    """Train a byte-level BPE on the conversations' text; returns the tokenizer.json.
+
+    It has at most `vocab_size` tokens: fewer when the text holds no more pairs to merge.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((m["content"] for messages in conversations for m in messages), trainer)
+    parsed = json.loads(tokenizer.to_str())
+    for token in parsed["added_tokens"]:
+        token["special"] = token["id"] < 3  # the trainer can only add special ones; the release's role marks are not
+    return _pretty(parsed)
+
+
+_THINGS = (
+    "a lighthouse", "the old harbour", "a paper kite", "the northern market", "a copper kettle", "the night train",
+    "a walnut table", "the village school", "a field of barley", "the stone bridge", "a violin", "the water mill",
+    "a greenhouse", "the winter coast", "a clay oven", "the city library", "a fishing boat", "the mountain road",
+)  # fmt: skip
+_DEEDS = (
+    "repair", "describe", "paint", "measure", "compare", "explain", "draw", "name", "plan", "clean", "photograph",
+    "restore", "visit", "translate the story of", "write a short poem about", "estimate the cost of",
+)  # fmt: skip
+_REASONS = (
+    "because the weather changes quickly", "since nobody has done it before", "so that the children can use it",
+    "although it will take three weeks", "before the first snow falls", "while the river is still low",
+    "as my grandmother always did", "even if the tools are simple", "when the guests arrive in June",
+    "unless the price rises by 12 percent", "after the festival in März", "with only 45 euros to spend",
+)  # fmt: skip
+_STEPS = (
+    "Begin with a list of what you already have", "Look closely at the edges and the joints",
+    "Ask the people who live nearby", "Write each number down twice", "Let everything dry for about 8 hours",
+    "Choose the lighter of the two colours", "Start early, because the light is better",
+    "Keep a small note of every change", "Check the result against the first sketch",
+    "Work from the left to the right", "Stop as soon as the surface feels warm", "Use cold water and a soft cloth",
+)  # fmt: skip
+_SYSTEMS = ("You are a patient craftsman.", "Answer briefly and name your reasons.", "You are a helpful assistant.")
+
+
+def chat_samples(count: int = CONVERSATIONS) -> list[list[dict[str, str]]]:
+    """`count` conversations of two to four exchanges, a third of them with a system message; always the same ones."""
+    rng = random.Random("dsv4q chat samples")
+
+    def pick(words: Sequence[str]) -> str:
+        return words[int(rng.random() * len(words))]  # Python promises the same random() in every version, not choice()
+
+    def conversation() -> Iterator[dict[str, str]]:
+        if rng.random() < 1 / 3:
+            yield {"role": "system", "content": pick(_SYSTEMS)}
+        for _ in range(2 + int(rng.random() * 3)):
+            deed, thing = pick(_DEEDS), pick(_THINGS)
+            yield {"role": "user", "content": f"How would you {deed} {thing} {pick(_REASONS)}?"}
+            steps = " ".join(f"{pick(_STEPS)} {pick(_REASONS)}." for _ in range(3))
+            yield {"role": "assistant", "content": f"To {deed} {thing}, think of {pick(_THINGS)} first. {steps}"}
+
+    return [list(conversation()) for _ in range(count)]

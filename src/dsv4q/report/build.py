@@ -1,0 +1,159 @@
+"""The run report: report.json for machines, a short text for people.
+
+Built from the journal, so it is complete after any number of crashes. Times and peaks differ from run to run;
+nothing else in it does.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4q.console import Console, human_bytes, human_seconds
+from dsv4q.formats.error import Errors
+from dsv4q.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from dsv4q.data.tokens import CalibrationData
+
+FORMAT = 1
+"""Version of report.json's structure."""
+
+
+def build_report(
+    plan: Plan,
+    done: Mapping[str, Mapping[str, Any]],
+    identity: Mapping[str, Any],
+    data: CalibrationData | None,
+    *,
+    seconds: float,
+    ranks: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Args:
+        done: journal records by block.
+        seconds: wall time of this process' part; earlier parts count only in the blocks' own times.
+        ranks: what each rank read, computed and wrote, and its peak memory.
+    """
+    blocks = [dict(done[block]) for block in plan.blocks if block in done]
+    return {
+        "format": FORMAT,
+        "artifact": plan.as_dict()["artifact"],
+        "source": plan.as_dict()["source"],
+        "calibration": None if data is None else _calibration(plan, data),
+        "activations": plan.config.activations.model_dump(mode="json"),
+        "errors": _errors(blocks),
+        "coverage": _coverage(blocks),
+        "blocks": blocks,
+        "seconds": {"this_process": round(seconds, 3), "blocks": round(sum(_block_seconds(b) for b in blocks), 3)},
+        "peak_memory": peak_memory(),
+        "ranks": [dict(rank) for rank in ranks],
+        "identity": dict(identity),
+    }
+
+
+def _calibration(plan: Plan, data: CalibrationData) -> dict[str, Any]:
+    settings = plan.config.calibration
+    assert settings is not None
+    return {**settings.model_dump(mode="json"), "tokens": data.tokens, "conversations": data.conversations_used,
+            "digest": data.digest, "source": data.source}  # fmt: skip
+
+
+def _block_seconds(block: Mapping[str, Any]) -> float:
+    return sum(seconds for stage, seconds in block["seconds"].items() if stage != "done_at")
+
+
+def _errors(blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors of each class of tensors over all blocks."""
+    totals: dict[str, Errors] = {}
+    for block in blocks:
+        for role, found in block.get("errors", {}).items():
+            totals.setdefault(role, Errors()).merge(Errors.from_dict(found))
+    return {role: total.as_dict() for role, total in totals.items()}
+
+
+def _coverage(blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which routed experts the router reached, by block; hash-routed layers too."""
+    found = {b["block"]: b for b in blocks if "tokens_per_expert" in b}
+    return {
+        block: {
+            "least": min(record["tokens_per_expert"]),
+            "most": max(record["tokens_per_expert"]),
+            "unreached": sum(n == 0 for n in record["tokens_per_expert"]),
+            "fallback": record["experts_without_tokens"],
+        }
+        for block, record in found.items()
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process: resident host memory, and GPU memory if torch used one."""
+    peak = {"host": _peak_resident()}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["gpu"] = int(torch.cuda.max_memory_allocated())
+    return peak
+
+
+def _peak_resident() -> int:
+    # Linux hands getrusage's number on through exec, so a child of a large process would report its parent's peak
+    status = Path("/proc/self/status")
+    if status.is_file() and (match := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(match[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def show_report(report: Mapping[str, Any], console: Console) -> None:
+    """The same for people, on a terminal."""
+    console.table(
+        "Blocks",
+        ["block", "seconds", "read", "forward", "encode", "sync", "least tokens an expert got"],
+        [_block_row(block) for block in report["blocks"]],
+    )
+    console.table(
+        "Weights",
+        ["class", "tensors", "exact", "relative error", "worst", "worst tensor"],
+        [
+            [role, f"{e['tensors']:,}", f"{e['exact']:,}", f"{e['relative_error']:.2%}", f"{e['worst']:.2%}",
+             e["worst_tensor"]]
+            for role, e in report["errors"].items()
+        ],
+    )  # fmt: skip
+    for role, e in report["errors"].items():
+        exact = f"{e['exact']:,} of {e['tensors']:,} tensors exact, max abs error {e['max_abs_error']:.4g}"
+        console.print(f"{role}s: {exact}")
+    _show_inputs(report, console)
+    artifact, peak = report["artifact"], report["peak_memory"]
+    console.print(
+        f"{artifact['tensors']:,} tensors, {artifact['mtp_tensors']} of them mtp.*, "
+        f"in {len(artifact['shards'])} shards, "
+        f"{human_bytes(artifact['bytes'])}; {human_seconds(report['seconds']['this_process'])}, "
+        f"peak memory {human_bytes(peak['host'])} host" + (f", {human_bytes(peak['gpu'])} GPU" if "gpu" in peak else "")
+    )
+
+
+def _show_inputs(report: Mapping[str, Any], console: Console) -> None:
+    """Where the input scales came from, and how far the largest used amax lies below the largest possible one."""
+    ratios: dict[str, list[float]] = {}
+    for block in report["blocks"]:
+        for projection, amax in block.get("input_amax", {}).items():
+            ratios.setdefault(projection, []).append(amax["bound"] / amax["used"])
+    if not ratios:
+        return
+    if report["activations"]["scales"] == "bound":
+        console.print("input scales: analytic bounds, no data")
+        return
+    far = ", ".join(f"{projection} {min(r):.3g} to {max(r):.3g} times" for projection, r in sorted(ratios.items()))
+    console.print(f"input scales: observed; the analytic bound is larger by: {far}")
+
+
+def _block_row(block: Mapping[str, Any]) -> list[str]:
+    seconds = block["seconds"]
+    tokens = block.get("tokens_per_expert")
+    stages = [f"{seconds.get(stage, 0):.2f}" for stage in ("read", "forward", "encode", "sync")]
+    return [block["block"], f"{_block_seconds(block):.2f}", *stages, f"{min(tokens):,}" if tokens else "-"]

@@ -1,0 +1,148 @@
+"""Everything that the page is made of, read from an artifact's folder. Only report.json must be there."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4q.checkpoint.journal import REPORT
+from dsv4q.errors import OutputError
+from dsv4q.report.build import FORMAT
+from dsv4q.report.page.node import Gap, Node
+from dsv4q.verify.files import read_shards
+from dsv4q.verify.result import Log
+
+EVALUATION = "eval.json"
+
+ShardBytes = dict[str, dict[str, int]]
+"""Shard file -> block -> bytes of its tensors there."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Plain JSON values, wrapped for careful reading. A `Gap` says why something that should be there is not."""
+
+    name: str
+    """What the page is about: the folder's name."""
+    report: Node
+    config: Node | Gap
+    """config.json of the artifact."""
+    shards: ShardBytes | Gap
+    """From the headers on disk."""
+    evaluation: Node | Gap | None = None
+    """eval.json, as `dsv4q eval --save` writes it; None: there is none."""
+    checked: Node | Gap | None = None
+    """A verification of now, as `verify-shards --json` prints it."""
+    saved: Node | None = None
+    """One of before, from a file."""
+
+
+def read_inputs(artifact: Path, checked: dict[str, Any] | Gap | None, saved: Path | None = None) -> Inputs:
+    """Read what lies in the folder of an artifact.
+
+    Args:
+        checked: a verification of now, if there was one.
+        saved: a file with what `verify-shards --json` printed.
+
+    Raises:
+        OutputError: no report.json, or one that is damaged, of dequantize, or of another format; `saved` cannot be
+            used.
+    """
+    report = _read_report(artifact)
+    return Inputs(
+        name=artifact.resolve().name or str(artifact.resolve()),
+        report=report,
+        config=_optional(artifact / "config.json") or Gap("config.json is missing"),
+        shards=_shard_bytes(artifact),
+        evaluation=_optional(artifact / EVALUATION),
+        checked=Node(checked, "verification") if isinstance(checked, dict) else checked,
+        saved=None if saved is None else _read_saved(saved, report),
+    )
+
+
+def _read_report(artifact: Path) -> Node:
+    path = artifact / REPORT
+    if not path.is_file():
+        raise OutputError(
+            "There is no report.json here",
+            where=artifact,
+            expected="the folder of an artifact that dsv4q quantize made",
+            hint="dsv4q verify-shards judges artifacts of any origin",
+        )
+    report = _load(path)
+    if isinstance(report, Gap):
+        raise OutputError("The report cannot be read", where=path, expected="a JSON object", found=report)
+    command = report.get("command")
+    if command is not None:
+        raise OutputError(
+            "This is the report of another command", where=path, expected="that of dsv4q quantize", found=command
+        )
+    if report.get("format") != FORMAT or isinstance(report.get("format"), bool):
+        raise OutputError(
+            "The report has another format",
+            where=f"{path}: format",
+            expected=FORMAT,
+            found=json.dumps(report.get("format"))[:80],
+            hint="use the version of dsv4q that made the artifact",
+        )
+    return Node(report, REPORT)
+
+
+def _read_saved(path: Path, report: Node) -> Node:
+    """A verification that was saved, if it is of this artifact."""
+    found = _load(path) if path.is_file() else Gap("no such file")
+    if isinstance(found, Gap) or not isinstance(found.get("checks"), dict) or not isinstance(found.get("ok"), bool):
+        raise OutputError(
+            "This is no saved verification",
+            where=path,
+            expected="what dsv4q verify-shards --json printed",
+            found=found if isinstance(found, Gap) else ", ".join(map(str, found))[:120] or "{}",
+        )
+    made = report.value.get("artifact")
+    if isinstance(made, dict) and (found.get("tensors"), found.get("bytes")) != (
+        made.get("tensors"),
+        made.get("bytes"),
+    ):
+        raise OutputError(
+            "The saved verification is of another artifact",
+            where=path,
+            expected=f"{made.get('tensors')} tensors, {made.get('bytes')} bytes",
+            found=f"{found.get('tensors')} tensors, {found.get('bytes')} bytes, of {found.get('artifact')}",
+        )
+    return Node(found, path.name)
+
+
+def _optional(path: Path) -> Node | Gap | None:
+    if not path.exists():
+        return None
+    found = _load(path)
+    return found if isinstance(found, Gap) else Node(found, path.name)
+
+
+def _load(path: Path) -> dict[str, Any] | Gap:
+    """A JSON object, or why there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return Gap(f"{path.name} cannot be read: {type(error).__name__}, {error}"[:200])
+    return found if isinstance(found, dict) else Gap(f"{path.name} is not an object")
+
+
+def _shard_bytes(artifact: Path) -> ShardBytes | Gap:
+    """Bytes by shard and block, from the shards' headers."""
+    found: ShardBytes = defaultdict(lambda: defaultdict(int))
+    for name, holders in read_shards(artifact, Log()).holders.items():
+        for holder in holders:
+            found[holder.file][block_of(name)] += holder.nbytes
+    return {file: dict(blocks) for file, blocks in sorted(found.items())} or Gap("no shard's header could be read")
+
+
+def block_of(name: str) -> str:
+    """The unit of streaming that an artifact's tensor belongs to."""
+    kind, _, rest = name.partition(".")
+    if kind in ("layers", "mtp"):
+        return f"{kind}.{rest.partition('.')[0]}"
+    return "embed" if kind == "embed" else "head"

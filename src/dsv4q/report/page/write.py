@@ -1,0 +1,111 @@
+"""`dsv4q report`, and the end of every run of quantize: the page as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4q.checkpoint.journal import PAGE, write_atomic
+from dsv4q.errors import OutputError, SourceError
+from dsv4q.report.page.inputs import read_inputs
+from dsv4q.report.page.node import Gap
+from dsv4q.report.page.page import GENERATOR, build_page
+from dsv4q.verify.judge import verify
+from dsv4q.verify.result import VerifyResult
+
+
+@dataclass(frozen=True)
+class Job:
+    """One page as the user asked for it."""
+
+    artifact: Path
+    out: Path | None = None
+    """Where to; ARTIFACT/report.html if None."""
+    deep: bool = False
+    """Verify every value, not only headers."""
+    saved: Path | None = None
+    """A file with what `verify-shards --json` printed."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of it."""
+
+    page: Path
+    nbytes: int
+    gaps: list[str]
+    """What the page marks as missing."""
+    checked: VerifyResult | None
+    """The verification of now; None if there could be none."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        checked = None if self.checked is None else self.checked.as_dict()
+        return {"page": str(self.page), "bytes": self.nbytes, "gaps": self.gaps, "verification": checked}
+
+
+def write_report(job: Job, progress: Callable[[str, int, int], None] | None = None) -> Written:
+    """Verify the artifact, build the page, write it.
+
+    Args:
+        progress: called with a label, bytes done and bytes in all, where the data is read.
+
+    Raises:
+        OutputError: no report.json of quantize, of a format that this version reads; `out` is something else already,
+            or in no folder; `saved` is no verification of this artifact.
+        SourceError: every value is to be verified, and the artifact cannot be read.
+    """
+    out = job.out or job.artifact / PAGE
+    _check_out(out)
+    # Everything cheap is looked at before every value is.
+    read_inputs(job.artifact, None, job.saved)
+    checked = _verify(job, progress)
+    return _write(out, job, checked)
+
+
+def write_page_of_run(artifact: Path, checked: VerifyResult) -> None:
+    """The page of a run that has just ended, with its own verification."""
+    _write(artifact / PAGE, Job(artifact), checked)
+
+
+def _verify(job: Job, progress: Callable[[str, int, int], None] | None) -> VerifyResult | Gap:
+    try:
+        return verify(job.artifact, source=None, deep=job.deep, progress=progress)
+    except SourceError as error:
+        if job.deep:
+            raise
+        return Gap(f"{error.what} ({error.where})")
+
+
+def _write(out: Path, job: Job, checked: VerifyResult | Gap) -> Written:
+    found = checked.as_dict() if isinstance(checked, VerifyResult) else checked
+    page, gaps = build_page(read_inputs(job.artifact, found, job.saved))
+    data = page.encode()
+    write_atomic(out, data)
+    return Written(out, len(data), gaps, checked if isinstance(checked, VerifyResult) else None)
+
+
+def _check_out(out: Path) -> None:
+    """Only a page of ours is overwritten."""
+    if not out.parent.is_dir():
+        raise OutputError("There is no such folder to write the page into", where=out.parent)
+    if not out.exists():
+        return
+    if not out.is_file() or f'content="{GENERATOR}"'.encode() not in _begin(out):
+        raise OutputError(
+            "Something else is there already",
+            where=out,
+            expected=f"a new file, or an older {PAGE}",
+            found="a folder" if out.is_dir() else "a file that is not such a page",
+            hint="choose another name with -o; nothing was touched",
+        )
+
+
+def _begin(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(1000)
+
+
+__all__ = ["PAGE", "Job", "Written", "write_page_of_run", "write_report"]

@@ -1,0 +1,139 @@
+"""Plans and verdicts as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsv4q.console import Console, Mode, human_bytes
+from dsv4q.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from dsv4q.verify.judge import VerifyResult
+
+_DRAFTS = {
+    "none": "no draft",
+    "mtp": "a multi-token-prediction block",
+    "dspark": "a DSpark draft, which is not MTP",
+    "unknown": "something under mtp. that is neither MTP nor DSpark",
+}
+
+_LAYOUTS = {
+    "bf16": "BF16",
+    "native": "DeepSeek's own layout, read as the BF16 that it stands for",
+    "assumed bf16": "BF16 is assumed, for there are no weights here",
+}
+
+SHOWN = 20
+"""Differences and problems printed in full; `--json` has all of them."""
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Counts, shards, needs and problems of a plan. Nothing in json mode: the plan's own object has all of it."""
+    if console.mode == Mode.JSON:
+        return
+    facts = plan.as_dict()
+    source, artifact, needs = facts["source"], facts["artifact"], facts["needs"]
+    console.table(
+        "Tensors",
+        ["class", "source tensors", "source bytes", "artifact tensors", "artifact bytes"],
+        [
+            [name, f"{here['tensors']:,}", human_bytes(here["bytes"]), *_there(artifact["classes"].get(name))]
+            for name, here in source["classes"].items()
+        ],
+    )
+    console.table(
+        "Shards",
+        ["file", "tensors", "bytes", "blocks"],
+        [[s["file"], f"{s['tensors']:,}", human_bytes(s["bytes"]), _span(s["blocks"])] for s in artifact["shards"]],
+    )
+    console.print(
+        f"source     {source['tensors']:,} tensors, {human_bytes(source['bytes'])}; {_LAYOUTS[source['layout']]}"
+        + (f" ({_forms(source['forms'])})" if source["layout"] == "native" else "")
+    )
+    console.print(
+        f"artifact   {artifact['tensors']:,} tensors, {human_bytes(artifact['bytes'])}, "
+        f"in {len(artifact['shards'])} shards"
+    )
+    console.print(
+        f"draft      {_DRAFTS[source['draft']]} in the source; {artifact['mtp_tensors']} mtp.* tensors "
+        f"({human_bytes(artifact['mtp_bytes'])}) in the artifact"
+    )
+    free = needs["free_disk_bytes"]
+    console.print(
+        f"needs      host memory {human_bytes(needs['host_bytes'])}, GPU memory {human_bytes(needs['gpu_bytes'])} "
+        f"(if one is used), disk {human_bytes(needs['disk_bytes'])}"
+        + ("" if free is None else f" ({human_bytes(free)} free here)")
+    )
+    streams = f"; residual streams {human_bytes(needs['streams_bytes'])}, kept {needs['streams_kept']}"
+    console.print(
+        f"data       {needs['calibration_tokens']:,} calibration tokens{streams if needs['streams_bytes'] else ''}"
+    )
+    if not plan.problems:
+        console.print("problems   none")
+    for problem in plan.problems[:SHOWN]:
+        console.error(problem)
+    if len(plan.problems) > SHOWN:
+        console.warn(f"{len(plan.problems) - SHOWN} more problems; --json lists them all")
+
+
+def show_ranks(shares: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """What each of several ranks reads, computes and writes."""
+    console.table(
+        "Ranks",
+        ["rank", "reads", "micro-batches", "encodes linears", "writes"],
+        [
+            [str(s["rank"]), human_bytes(s["read_bytes"]), str(s["micro_batches"]), f"{s['encoded_linears']:,}",
+             human_bytes(s["write_bytes"])]
+            for s in shares
+        ],
+    )  # fmt: skip
+
+
+def _forms(forms: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {form}" for form, count in forms.items())
+
+
+def _there(entry: dict[str, int] | None) -> list[str]:
+    return ["-", "-"] if entry is None else [f"{entry['tensors']:,}", human_bytes(entry["bytes"])]
+
+
+def _span(blocks: list[str]) -> str:
+    return blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
+
+
+def show_verification(result: VerifyResult, console: Console) -> None:
+    """What was examined, every difference up to `SHOWN`, and the verdict."""
+    console.table("Checks", ["check", "examined"], [[name, f"{n:,}"] for name, n in result.checks.items()])
+    for role, errors in result.errors.items():
+        console.print(f"{role}: {_exactness(errors)}{_inexactness(errors)}")
+    in_all = result.exactness()
+    if in_all is not None:
+        console.print(f"in all: {_exactness(in_all)}")
+    for difference in result.differences[:SHOWN]:
+        place = " in ".join(part for part in (difference.tensor, difference.file) if part)
+        console.print(f"DIFFERENCE {difference.check}: {place}")
+        console.print(f"  expected: {difference.expected}")
+        console.print(f"  found: {difference.found}")
+    if len(result.differences) > SHOWN:
+        console.print(f"… and {len(result.differences) - SHOWN:,} more; --json lists them all")
+    kind = "BF16 checkpoint, " if result.kind == "plain" else ""
+    verdict = "as it must be" if result.ok else f"{len(result.differences):,} difference(s)"
+    console.print(
+        f"{result.artifact}: {kind}{result.tensors:,} tensors, {result.mtp_tensors} of them mtp.*, "
+        f"in {result.shards} shards, {human_bytes(result.bytes)}: {verdict}"
+    )
+
+
+def _exactness(errors: Mapping[str, Any]) -> str:
+    return f"{errors['exact']:,} of {errors['tensors']:,} tensors exact, max abs error {errors['max_abs_error']:.4g}"
+
+
+def _inexactness(errors: Mapping[str, Any]) -> str:
+    if errors["exact"] == errors["tensors"]:
+        return ""
+    sqnr = errors["min_sqnr_db"]
+    return (
+        f"; relative error {errors['mean_relative_error']:.4g} on average, at most {errors['max_relative_error']:.4g} "
+        f"({errors['worst']})" + ("" if sqnr is None else f", SQNR at least {sqnr:.1f} dB")
+    )

@@ -1,0 +1,158 @@
+"""Ranks of one job, as torchrun starts them. The only module that imports torch.distributed.
+
+The main thread of every rank makes the same calls in the same order. A second group, for the thread that finishes
+blocks, carries Python objects beside it. Without torchrun there is one rank and nothing here talks to anybody.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsv4q.errors import DeviceError, RankError
+from dsv4q.plan.work import ALONE, Share
+
+_TIMEOUT = timedelta(hours=2)
+"""A rank may wait this long for another that reads from a slow storage or writes to one."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the job."""
+
+    share: Share = ALONE
+    local_rank: int = 0
+    _ahead: Any = field(default=None, repr=False, compare=False)
+    """Group in which the main threads pass Python objects."""
+    _behind: Any = field(default=None, repr=False, compare=False)
+    """The same for the threads that finish blocks."""
+
+    @property
+    def is_leader(self) -> bool:
+        """Rank 0 keeps the journal, names shards, and speaks."""
+        return self.share.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.share.count == 1
+
+    def device_name(self, name: str) -> str:
+        """The device of this rank, if the user named a kind of device: GPU n for the n-th rank of a machine."""
+        if self.is_alone or name.partition(":")[0] == "cpu" or not torch.cuda.is_available():
+            return name
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+
+    def exchange(self, stack: torch.Tensor) -> None:
+        """Fill `stack` [E, ...] on every rank: each gives the experts of its share.
+
+        Raises:
+            RankError: another rank is gone. So do all calls below.
+        """
+        if self.is_alone:
+            return
+        for rank in range(self.share.count):
+            part = Share(rank, self.share.count).experts(len(stack))
+            if part:
+                with _talking("exchanging weights"):
+                    dist.broadcast(stack[part.start : part.stop], src=rank)
+
+    def widest(self, ends: torch.Tensor) -> torch.Tensor:
+        """Ends [..., 2] (smallest, largest) over all ranks, same dtype; what is NaN anywhere becomes infinite."""
+        if self.is_alone:
+            return ends
+        found = torch.nan_to_num(ends.to(torch.float32), nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+        # inf as a smallest value means "nothing seen"; a NaN must not hide behind that.
+        found[..., 0] = torch.where(ends[..., 0].isnan(), float("-inf"), found[..., 0])
+        sides = torch.stack([-found[..., 0], found[..., 1]], dim=-1)
+        with _talking("reducing statistics"):
+            dist.all_reduce(sides, op=dist.ReduceOp.MAX)
+        return torch.stack([-sides[..., 0], sides[..., 1]], dim=-1).to(ends.dtype)
+
+    def total(self, counts: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place."""
+        if not self.is_alone:
+            with _talking("reducing statistics"):
+                dist.all_reduce(counts, op=dist.ReduceOp.SUM)
+        return counts
+
+    def from_leader(self, value: Any) -> Any:
+        """What rank 0 gives, on every rank."""
+        if self.is_alone:
+            return value
+        box = [value]
+        with _talking("asking rank 0"):
+            dist.broadcast_object_list(box, src=0, group=self._ahead)
+        return box[0]
+
+    def wait_for_all(self) -> None:
+        """Go on when every rank has come here."""
+        self.gathered(None)
+        self.from_leader(None)
+
+    def gathered(self, value: Any, *, behind: bool = False) -> list[Any]:
+        """What every rank gives, by rank, on rank 0; an empty list elsewhere.
+
+        Args:
+            behind: called by the thread that finishes blocks.
+        """
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.share.count
+        with _talking("telling rank 0"):
+            group = self._behind if behind else self._ahead
+            dist.gather_object(value, found if self.is_leader else None, dst=0, group=group)
+        return found if self.is_leader else []
+
+
+@contextmanager
+def _talking(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what every backend raises when a peer is gone
+        raise RankError(
+            "Another rank of this job is gone or does not answer",
+            where=f"rank {os.environ.get('RANK', '0')}, while {what}",
+            found=str(error).splitlines()[0][:200],
+            hint="its own message says why; finished blocks are kept, and the same command goes on from there, with "
+            "any number of ranks",
+        ) from error
+
+
+@contextmanager
+def ranks(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or one alone. Ends the groups on exit.
+
+    Args:
+        device: as the user named it: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        DeviceError: torch was built without torch.distributed.
+        RankError: the ranks do not find each other.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Ranks()
+        return
+    if not dist.is_available():
+        raise DeviceError("This torch has no torch.distributed", where="torchrun", found=torch.__version__)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    with _talking("finding the others"):
+        dist.init_process_group(backend=_backend(device), timeout=_TIMEOUT)
+        ahead, behind = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
+    try:
+        yield Ranks(Share(dist.get_rank(), count), local, ahead, behind)
+    finally:
+        dist.destroy_process_group()
+
+
+def _backend(device: str) -> str:
+    """NCCL where every rank of this machine has a GPU of its own; it refuses to share one, gloo does not."""
+    own = 0 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    return "cpu:gloo,cuda:nccl" if device != "cpu" and own else "gloo"

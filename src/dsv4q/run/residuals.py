@@ -1,0 +1,208 @@
+"""The residual streams of all micro-batches between two blocks: on the GPU, on the host, or on disk.
+
+Where they live depends on their size alone. Every few blocks they are saved to disk, so that a resume need not compute
+all blocks again; where they live on disk, they are saved as they are written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dsv4q.checkpoint.journal import fsync_folder
+from dsv4q.checkpoint.writer import disk_errors, write_at
+from dsv4q.plan.plan import STREAMS_IN_MEMORY, STREAMS_ON_GPU
+from dsv4q.run.measure import tensor_bytes
+
+SAVE_BYTES_PER_SECOND = 1e9
+"""What saving is taken to cost."""
+WORK_PER_SAVE = 20
+"""Streams are saved once the work since they were saved last is so many times what saving costs."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class ResidualStreams:
+    """BF16 [B, S, C, D] for each micro-batch.
+
+    Args:
+        folder: where they are saved.
+        shapes: of each micro-batch.
+        mine: numbers of the micro-batches that this rank has.
+    """
+
+    folder: Path
+    device: torch.device
+    shapes: Sequence[Shape]
+    mine: Sequence[int]
+    block: str | None = None
+    """The block whose output they are."""
+    _held: dict[int, torch.Tensor] = field(default_factory=dict)
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(2 * math.prod(shape) for shape in self.shapes)
+
+    @property
+    def spilled(self) -> bool:
+        """Whether they live on disk."""
+        return self.nbytes > STREAMS_IN_MEMORY
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    # ------------------------------------------------------------------------------------------ block after block
+
+    def through(self, block: str, compute: Callable[[int, torch.Tensor | None], torch.Tensor]) -> None:
+        """Replace each micro-batch's streams by what `compute` makes of its number and them, None before `embed`.
+
+        They are then the output of `block`.
+        """
+        if self.spilled:
+            self._through_disk(block, compute)
+        else:
+            made = {}
+            for number in self.mine:
+                before = self._held[number].to(self.device, non_blocking=True) if self.block else None
+                made[number] = self._keep(compute(number, before))
+            self._held = made
+        self.block = block
+
+    def _keep(self, streams: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda" or self.nbytes <= STREAMS_ON_GPU:
+            return streams
+        host = torch.empty(streams.shape, dtype=streams.dtype, pin_memory=True)
+        return host.copy_(streams, non_blocking=True)
+
+    # ---------------------------------------------------------------------------------------------------- on disk
+
+    def _through_disk(self, block: str, compute: Callable[[int, torch.Tensor | None], torch.Tensor]) -> None:
+        """As `through`: one micro-batch is read ahead and one written behind."""
+        path = self._file(block)
+        with ThreadPoolExecutor(2, thread_name_prefix="dsv4q-spill") as pool, _opened(path, write=True) as out:
+            before = None if self.block is None else self._file(self.block)
+            written: list[Future[None]] = []
+            for number, streams in zip(self.mine, self._read_ahead(before, pool), strict=True):
+                made = compute(number, None if streams is None else streams.to(self.device))
+                while len(written) > 1:
+                    written.pop(0).result()
+                written.append(pool.submit(self._write, out, number, made, path))
+                del streams, made
+            for future in written:
+                future.result()
+
+    def _read_ahead(self, path: Path | None, pool: ThreadPoolExecutor) -> Iterator[torch.Tensor | None]:
+        if path is None:
+            yield from (None for _ in self.mine)
+            return
+        with _opened(path) as file:
+            waiting = [pool.submit(self._read, file, number, path) for number in self.mine[:1]]
+            for following in (*self.mine[1:], None):
+                if waiting:
+                    streams = waiting.pop().result()
+                    if following is not None:
+                        waiting.append(pool.submit(self._read, file, following, path))
+                    yield streams
+
+    def _read(self, file: int, number: int, path: Path) -> torch.Tensor:
+        tensor = torch.empty(self.shapes[number], dtype=torch.bfloat16, pin_memory=self.device.type == "cuda")
+        view = tensor_bytes(tensor)
+        offset = self._offset(number)
+        with disk_errors("Reading the residual streams failed", path):
+            while view:
+                count = os.preadv(file, [view], offset)
+                if not count:
+                    raise OSError(0, "the file ends early")
+                view, offset = view[count:], offset + count
+        return tensor
+
+    def _write(self, file: int, number: int, streams: torch.Tensor, path: Path) -> None:
+        with disk_errors("Saving the residual streams failed", path):
+            write_at(file, [tensor_bytes(streams)], self._offset(number))
+
+    def _offset(self, number: int) -> int:
+        return sum(2 * math.prod(shape) for shape in self.shapes[:number])
+
+    def _file(self, block: str) -> Path:
+        return self.folder / f"streams.{block}"
+
+    # ----------------------------------------------------------------------------------------------------- saving
+
+    @property
+    def should_be_saved(self) -> bool:
+        """Whether enough work was done since they were saved last; always where they live on disk anyway."""
+        cost = self.nbytes / SAVE_BYTES_PER_SECOND
+        return self.spilled or time.monotonic() - self._saved_at >= WORK_PER_SAVE * cost
+
+    def to_save(self) -> Callable[[], None]:
+        """What makes this rank's streams durable, for another thread to call.
+
+        A file counts once the journal has the block, so it is to be called before the block's line is written.
+        """
+        self._saved_at = time.monotonic()
+        assert self.block is not None
+        held, block = self._held, self.block
+        done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+        def save() -> None:
+            if done is not None:
+                done.synchronize()
+            self._save(block, held)
+
+        return save
+
+    def _save(self, block: str, held: Mapping[int, torch.Tensor]) -> None:
+        path = self._file(block)
+        with _opened(path, write=True) as file, disk_errors("Saving the residual streams failed", path):
+            for number, streams in held.items():
+                self._write(file, number, streams, path)
+            os.fsync(file)
+        fsync_folder(self.folder)
+
+    def drop_before(self, block: str, blocks: Sequence[str]) -> None:
+        """Delete what was saved of the blocks before this one in `blocks`, if this one's are saved."""
+        if self._file(block).is_file():
+            for earlier in blocks[: blocks.index(block)]:
+                self._file(earlier).unlink(missing_ok=True)
+
+    def forget_but(self, blocks: Sequence[str]) -> None:
+        """Delete what an earlier process left of blocks that it did not finish."""
+        keep = {self._file(block) for block in blocks}
+        for path in self.folder.glob("streams.*"):
+            if path not in keep:
+                path.unlink()
+
+    def restore(self, blocks: Sequence[str]) -> str | None:
+        """Take up the newest saved streams among the outputs of finished `blocks`; returns whose they are."""
+        for block in reversed(blocks):
+            path = self._file(block)
+            if path.is_file() and path.stat().st_size == self.nbytes:
+                if not self.spilled:
+                    with _opened(path) as file:
+                        self._held = {n: self._keep(self._read(file, n, path).to(self.device)) for n in self.mine}
+                self.block = block
+                return block
+        return None
+
+
+class _opened:
+    """A file descriptor for a `with`, with errors that name the file."""
+
+    def __init__(self, path: Path, *, write: bool = False) -> None:
+        with disk_errors("The residual streams cannot be opened", path):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT if write else os.O_RDONLY, 0o644)
+
+    def __enter__(self) -> int:
+        return self._handle
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)

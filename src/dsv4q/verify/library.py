@@ -1,0 +1,168 @@
+"""Schemes that `config.py` has no closed form for, as compressed-tensors itself has them.
+
+What a linear stores is asked of it: a meta linear is initialized for the scheme and compressed. A weight is encoded and
+decoded by its compressor. Importing it costs seconds, so this module is imported only when an artifact needs it.
+
+Source: compressed-tensors 0.19 `quantization/lifecycle/initialize.py`, `compressors/*/base.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationScheme, initialize_module_for_quantization
+from compressed_tensors.utils import get_direct_state_dict
+from loguru import logger
+from torch import Tensor
+
+from dsv4q.layout import Shape
+from dsv4q.verify.bounds import E4M3, Grid, integer_grid
+from dsv4q.verify.config import INT, Scheme, Stored
+
+_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+_REFUSALS = (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AssertionError, IndexError)
+"""What compressed-tensors raises of a scheme or shape that it cannot do; pydantic's ValidationError is a ValueError."""
+_FAILURES = (ValueError, KeyError, NotImplementedError, TypeError, AssertionError, IndexError)
+"""The same of values; a RuntimeError may be want of memory."""
+
+
+class Refused(Exception):
+    """Compressed-tensors cannot express or store this; the reason is its own, in one line."""
+
+
+@dataclass(frozen=True)
+class LibraryScheme(Scheme):
+    """A scheme that compressed-tensors encodes and decodes."""
+
+    library: Any
+    """Its `QuantizationScheme`."""
+    known: dict[Shape, Stored] = field(default_factory=dict, compare=False)
+
+    @property
+    def is_general(self) -> bool:
+        return True
+
+    @property
+    def weights(self) -> Any:
+        """Its `QuantizationArgs` of the weight."""
+        return self.library.weights
+
+    @property
+    def _compressor(self) -> Any:
+        return BaseCompressor.get_value_from_registry(self.format)
+
+    def stored(self, shape: Shape) -> Stored:
+        """What compressed-tensors stores of a BF16 linear [out, in].
+
+        Raises:
+            Refused: nothing; the shape does not fit, or no compressor has this scheme.
+        """
+        if shape not in self.known:
+            logger.disable("compressed_tensors")  # it warns of ragged blocks, which are as they must be or told
+            try:
+                self.known[shape] = self._ask(shape)
+            except _REFUSALS as error:
+                raise Refused(_line(error)) from error
+            finally:
+                logger.enable("compressed_tensors")
+        return self.known[shape]
+
+    def _ask(self, shape: Shape) -> Stored:
+        self._check_unseen(shape)
+        linear = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=torch.bfloat16)
+        initialize_module_for_quantization(linear, self.library)
+        state = get_direct_state_dict(linear)
+        found = self._compressor.compress(state, self.library)
+        stored: Stored = {k: ((_DTYPES[v.dtype],), tuple(v.shape)) for k, v in found.items() if v is not None}
+        if self.format == INT and not self.weights.symmetric and self.weights.strategy in ("group", "channel"):
+            # The compressor packs these along the rows, but not where tensors are on meta.
+            zero_point = torch.zeros(state["weight_zero_point"].shape, dtype=torch.int8)
+            packed = pack_to_int32(zero_point, self.weights.num_bits, packed_dim=0)
+            stored["weight_zero_point"] = (("I32",), tuple(packed.shape))
+        return stored
+
+    def _check_unseen(self, shape: Shape) -> None:
+        """What the compressor refuses of real tensors, but not of meta ones."""
+        size = self.weights.group_size
+        if size is not None and size > 0 and shape[1] % size:
+            raise ValueError(f"{shape[1]} columns are no multiple of the group size {size}")
+        if self.format == INT and self.weights.num_bits > 8:
+            raise ValueError(f"integers of {self.weights.num_bits} bits are not packed; 8 at most")
+
+    def decode(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Everything as its compressor takes it: `weight` F32 [out, in], scales and zero points unpacked.
+
+        Scales are raised to F32 first, so that the weight is not rounded to BF16 on the way.
+
+        Raises:
+            Refused: the compressor cannot.
+        """
+        state = dict(stored)
+        if state["weight_scale"].is_floating_point():
+            state["weight_scale"] = state["weight_scale"].to(torch.float32)
+        try:
+            decoded: dict[str, Tensor] = self._compressor.decompress(state, self.library)
+        except _FAILURES as error:
+            raise Refused(_line(error)) from error
+        return decoded | {"weight": decoded["weight"].to(torch.float32)}
+
+    def encode(self, weight: Tensor, decoded: Mapping[str, Tensor], *, keep_negative_zero: bool) -> dict[str, Tensor]:
+        """What the compressor stores of `weight` [out, in] with the scales and zero points of `decoded`.
+
+        While a model is calibrated it adds a zero point of 0 even to symmetric weights, which turns -0 into +0.
+
+        Raises:
+            Refused: the compressor cannot.
+        """
+        state = {**decoded, "weight": weight}
+        if decoded["weight_scale"].dtype == torch.float32:
+            # Back to what is stored: the quotient is rounded to the promoted dtype.
+            state["weight_scale"] = decoded["weight_scale"].to(torch.bfloat16)
+        if self.weights.symmetric and not keep_negative_zero:
+            state["weight_zero_point"] = torch.zeros_like(state["weight_scale"], dtype=self.weights.zp_dtype)
+        try:
+            encoded: dict[str, Tensor] = self._compressor.compress(state, self.library)
+        except _FAILURES as error:
+            raise Refused(_line(error)) from error
+        return encoded
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of values that the bounds of `bounds.py` are derived for; None: of another kind."""
+        weights = self.weights
+        if not weights.symmetric or weights.strategy not in ("tensor", "channel", "group"):
+            return None
+        if self.format.startswith("mx") or (weights.type == "float" and weights.num_bits != 8):
+            return None
+        return E4M3 if weights.type == "float" else integer_grid(weights.num_bits)
+
+
+def library_scheme(name: str, kind: str, group: Mapping[str, Any]) -> LibraryScheme:
+    """A config group as compressed-tensors reads it.
+
+    Raises:
+        Refused: it does not.
+    """
+    fields = {key: group.get(key) for key in ("targets", "weights", "input_activations")}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of group sizes that differ: a matter of the consumer's speed
+            scheme = QuantizationScheme.model_validate({**fields, "format": kind})
+    except _REFUSALS as error:
+        raise Refused(_line(error)) from error
+    weights = scheme.weights
+    return LibraryScheme(name, kind, weights.num_bits, weights.group_size, scheme.input_activations is not None, scheme)
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
