@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
 from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode
 from dsv4q.formats.exact import fp8_block_scales, round_e2m1
 from dsv4q.layout import Dims, Role, TensorSpec, source_tensors
 from dsv4q.made_up.toy import ToyConfig, random_values, write_toy
-from dsv4q.plan.plan import PlannedShard, PlannedTensor, ShardPlan
 
 INDEX = "model.safetensors.index.json"
 FILES_OF_A_LAYER = 8

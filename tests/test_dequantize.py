@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from artifact_maker import edit
-from dsv4q.checkpoint.journal import INDEX, Journal
+from dsv4q.checkpoint.files import INDEX
+from dsv4q.checkpoint.journal import Journal
 from dsv4q.console import Console, Mode
 from dsv4q.dequantize import Job, dequantize
 from dsv4q.errors import ConfigError, Dsv4qError, OutputError, ResumeError, SourceError, WeightError

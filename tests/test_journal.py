@@ -10,16 +10,9 @@ from typing import Any
 
 import pytest
 
-from dsv4q.checkpoint.journal import (
-    INDEX,
-    REPORT,
-    WORK,
-    Journal,
-    check_output,
-    first_difference,
-    is_finished,
-    write_atomic,
-)
+from dsv4q.checkpoint.files import INDEX, REPORT, WORK, is_finished, write_atomic
+from dsv4q.checkpoint.journal import Journal, first_difference
+from dsv4q.checkpoint.output import check_output
 from dsv4q.errors import OutputError, ResumeError
 
 IDENTITY: dict[str, Any] = {"config": {"seed": 42, "shards": [1, 2]}, "source": {"a.safetensors": "0f"}}

@@ -20,12 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from dsv4q.checkpoint.shards import _cuts
 from dsv4q.checkpoint.source import scan
 from dsv4q.config import Config, Mtp, Output, load_config, parse_config
 from dsv4q.errors import ConfigError, Dsv4qError, OutputError, RecipeError, SourceError
 from dsv4q.layout import DTYPE_BYTES
 from dsv4q.made_up.toy import ToyConfig
-from dsv4q.plan.plan import Plan, _cuts, make_plan
+from dsv4q.plan.plan import Plan, make_plan
 from dsv4q.plan.small_files import write_skeleton
 from dsv4q.verify.judge import verify_headers
 from runs import CONFIGS, FLASH

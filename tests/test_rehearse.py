@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dsv4q import rehearse as story
+from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.cli import main
 from dsv4q.config import load_config
@@ -21,7 +22,7 @@ from dsv4q.dropping import Dropping
 from dsv4q.errors import OutputError, SourceError, UsageError
 from dsv4q.layout import Dims
 from dsv4q.made_up.toy import ToyConfig, write_toy
-from dsv4q.plan.plan import Plan, PlannedShard
+from dsv4q.plan.plan import Plan
 from dsv4q.quantize import Job, quantize_blocks
 from dsv4q.rehearse import FLASH, Rehearsal, chosen_layers, cut_config, prepare, rehearse
 from dsv4q.verify.judge import verify, verify_headers

@@ -128,7 +128,8 @@ def plan(
     """
     from dsv4q.checkpoint.native import scan_source
     from dsv4q.config import load_config
-    from dsv4q.plan.plan import free_bytes, make_plan, rank_shares
+    from dsv4q.host import free_bytes
+    from dsv4q.plan.plan import make_plan, rank_shares
     from dsv4q.report.show import show_plan, show_ranks
 
     console = _console(as_json, quiet)

@@ -16,27 +16,21 @@ from typing import Any
 
 from dsv4q import __version__
 from dsv4q.checkpoint.against_layout import compare_with_layout
-from dsv4q.checkpoint.journal import Journal, check_output, is_finished
+from dsv4q.checkpoint.files import is_finished
+from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import NativeCheckpoint, forms_of, scan_source
-from dsv4q.checkpoint.output import already_there, disk_problem, place_problem, require_verified
+from dsv4q.checkpoint.output import already_there, check_output, disk_problem, place_problem
 from dsv4q.checkpoint.pipes import loaded_ahead
-from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, balanced_shards, shard_name
+from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
 from dsv4q.errors import Dsv4qError, SourceError
-from dsv4q.host import stoppable
+from dsv4q.host import free_bytes, stoppable
 from dsv4q.layout import Dims, source_tensors
-from dsv4q.plan.plan import (
-    PlannedShard,
-    PlannedTensor,
-    ShardPlan,
-    balanced_shards,
-    first_problem,
-    free_bytes,
-    require_weights,
-    shard_name,
-)
+from dsv4q.plan.plan import first_problem
 from dsv4q.plan.small_files import write_plain_files
+from dsv4q.verify.required import require_verified
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,9 @@ def dequantize(job: Job, console: Console) -> dict[str, Any]:
         plan = _plan(job, source)
         identity = _identity(job, source)
         if is_finished(job.out):
-            return already_there(job.out, identity, resume=job.resume)
+            report = already_there(job.out, identity, resume=job.resume)
+            require_verified(job.out)
+            return report
         journal = Journal.open(job.out, identity, resume=job.resume)
         try:
             _run_blocks(job, plan, source, journal, console)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dsv4q import __version__
-from dsv4q.checkpoint.headers import AGAIN, TensorEntry, fill, opened, shown
+from dsv4q.checkpoint.files import AGAIN, fill, opened
+from dsv4q.checkpoint.headers import TensorEntry, shown
 from dsv4q.checkpoint.pipes import BUDGET, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint, open_checkpoint
 from dsv4q.console import Console

@@ -12,8 +12,8 @@ from types import TracebackType
 
 import torch
 
+from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.errors import DeviceError
-from dsv4q.plan.plan import PlannedShard
 from dsv4q.verify.shard import DEVICE_BYTES, ShardJudge
 
 TOGETHER = 2

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dsv4q import __version__
-from dsv4q.checkpoint.journal import write_atomic
+from dsv4q.checkpoint.files import write_atomic
 from dsv4q.checkpoint.pipes import BUDGET, loaded_ahead
 from dsv4q.console import Console
 from dsv4q.data.tokens import CalibrationData

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -64,6 +65,14 @@ def _resident() -> int:
     if pages.is_file():
         return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that an ordinary user can still write where `path` lies or will lie."""
+    probe = path.absolute()
+    while not probe.exists():
+        probe = probe.parent
+    return shutil.disk_usage(probe).free
 
 
 @contextmanager

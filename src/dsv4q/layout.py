@@ -419,3 +419,8 @@ def load_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SourceError("config.json is not a JSON object", where=file, found=type(config).__name__)
     return config
+
+
+def class_name(spec: TensorSpec) -> str:
+    """The class that plan and report count a tensor under."""
+    return f"mtp: {spec.role}" if spec.is_mtp else spec.role

@@ -15,29 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q import __version__
-from dsv4q.checkpoint.journal import Journal, check_output, is_finished
+from dsv4q.checkpoint.files import is_finished
+from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import open_source, scan_source
-from dsv4q.checkpoint.output import already_there, disk_problem, finished_report, place_problem, require_verified
-from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.output import already_there, check_output, disk_problem, finished_report, place_problem
+from dsv4q.checkpoint.shards import ShardPlan
+from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
 from dsv4q.config import Config
 from dsv4q.console import Console
 from dsv4q.errors import DataError, DeviceError, Dsv4qError
-from dsv4q.host import stoppable, usable_device
-from dsv4q.plan.plan import (
-    Plan,
-    ShardPlan,
-    first_problem,
-    free_bytes,
-    make_plan,
-    rank_shares,
-    require_weights,
-    with_problem,
-)
+from dsv4q.host import free_bytes, stoppable, usable_device
+from dsv4q.plan.plan import Plan, first_problem, make_plan, rank_shares, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report, peak_memory
 from dsv4q.report.page.write import PAGE, write_page_of_run, write_report
 from dsv4q.report.page.write import Job as ReportJob
+from dsv4q.verify.required import require_verified
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +121,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         here.wait_for_all()
         if here.from_leader(is_finished(job.out)):
             report = already_there(job.out, identity, resume=job.resume)
+            require_verified(job.out)
             if run.is_leader and not (job.out / PAGE).exists():
                 write_report(ReportJob(job.out))
             return report

@@ -17,17 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.checkpoint.journal import WORK, Journal, check_output, write_atomic
-from dsv4q.checkpoint.output import disk_problem, place_problem
+from dsv4q.checkpoint.files import WORK, write_atomic
+from dsv4q.checkpoint.journal import Journal
+from dsv4q.checkpoint.output import check_output, disk_problem, place_problem
 from dsv4q.checkpoint.pipes import BUDGET
 from dsv4q.checkpoint.writer import ShardWriter
 from dsv4q.config import Config
 from dsv4q.console import Console, human_bytes
 from dsv4q.errors import OutputError, ResumeError, UsageError
-from dsv4q.host import stoppable
+from dsv4q.host import free_bytes, stoppable
 from dsv4q.layout import Dims, load_config
 from dsv4q.made_up.generated import GeneratedCheckpoint
-from dsv4q.plan.plan import Estimate, Plan, first_problem, free_bytes, make_plan, with_problem
+from dsv4q.plan.needs import Estimate
+from dsv4q.plan.plan import Plan, first_problem, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.quantize import Job, Run, data_spec, run_blocks, run_device
 from dsv4q.report.rehearsal import rehearsal_result

@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dsv4q.checkpoint.files import AGAIN, opened, read_at
 from dsv4q.errors import SourceError
 from dsv4q.layout import DTYPE_BYTES, Shape
 
 MAX_HEADER = 100_000_000
 """Longest header that safetensors itself accepts, in bytes."""
 MAX_RANK = 8
-AGAIN = "download this file again"
 
 _FIRST_READ = 1 << 18
 
@@ -117,67 +114,6 @@ class Findings:
             found=few([": ".join(filter(None, (name, error.found))) for name, error in group]),
             hint=first.hint,
         )
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def open_regular(path: Path, expected: str | None = None) -> tuple[int, int]:
-    """Open a regular file for reading; returns descriptor and size. O_NONBLOCK so that a FIFO cannot hang us.
-
-    Raises:
-        SourceError: absent, not to be opened, or no regular file; `expected` says what should have been there.
-    """
-
-    def refused(what: str, found: object) -> SourceError:
-        return SourceError(what, where=path, expected=expected, found=found, hint=AGAIN)
-
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise refused("A file of the checkpoint is not there", "no such file") from None
-    except (OSError, ValueError) as error:
-        raise refused("A file of the checkpoint cannot be opened", error) from error
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(handle)
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-        raise refused("A file of the checkpoint is not a regular file", kind)
-    return handle, status.st_size
-
-
-@contextmanager
-def opened(path: Path, expected: str | None = None) -> Iterator[tuple[int, int]]:
-    """`open_regular`, closed at the end."""
-    handle, size = open_regular(path, expected)
-    try:
-        yield handle, size
-    finally:
-        os.close(handle)
-
-
-def fill(handle: int, buffer: memoryview, offset: int, where: Path) -> int:
-    """Read into `buffer` (bytes) from `offset` until it is full or the file ends; returns the bytes read.
-
-    Raises:
-        SourceError: the disk fails.
-    """
-    done = 0
-    try:
-        while done < len(buffer):
-            count = os.preadv(handle, [buffer[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
-    except OSError as error:
-        raise SourceError("Reading the checkpoint failed", where=where, found=error, hint="check the disk") from error
-    return done
-
-
-def read_at(handle: int, offset: int, length: int, where: Path) -> bytes:
-    """Up to `length` bytes; fewer only where the file ends. Raises as `fill`."""
-    buffer = bytearray(length)
-    return bytes(memoryview(buffer)[: fill(handle, memoryview(buffer), offset, where)])
 
 
 def strict_json(raw: bytes, subject: str, file: str, findings: Findings) -> object:

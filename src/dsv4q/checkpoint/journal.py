@@ -18,77 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv4q.checkpoint.files import INDEX, WORK, fsync_folder, is_finished, write_atomic, write_durably
 from dsv4q.errors import OutputError, ResumeError
-
-WORK = ".dsv4q"
-INDEX = "model.safetensors.index.json"
-REPORT = "report.json"
-PAGE = "report.html"
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new files in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either whole or not there; mode 0644."""
-    partial = path.with_name(path.name + ".partial")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        try:
-            os.fchmod(handle, 0o644)
-            _write_durably(handle, data)
-        finally:
-            os.close(handle)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def _write_durably(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
-    os.fsync(handle)
-
-
-def check_output(out: Path, source: Path) -> None:
-    """Refuse a folder that is not ours to write.
-
-    Raises:
-        OutputError: OUT is a file, holds foreign files, or lies inside the source (or the source inside it).
-    """
-    there, origin = out.resolve(), source.resolve()
-    origin = origin.parent if origin.is_file() else origin
-    if there == origin or there.is_relative_to(origin) or origin.is_relative_to(there):
-        raise OutputError(
-            "The output folder and the source overlap",
-            where=out,
-            expected="a folder outside the source",
-            found=f"source {source}",
-        )
-    if out.exists() and not out.is_dir():
-        raise OutputError("The output is not a folder", where=out)
-    if out.is_dir() and any(out.iterdir()) and not (out / WORK).is_dir() and not is_finished(out):
-        raise OutputError(
-            "The output folder is not empty and not an unfinished run of dsv4q",
-            where=out,
-            expected="a new or empty folder",
-            found=", ".join(sorted(p.name for p in out.iterdir())[:5]),
-            hint="choose another folder; nothing in this one was touched",
-        )
-
-
-def is_finished(out: Path) -> bool:
-    """Whether `out` holds an artifact that a run of ours completed."""
-    return (out / INDEX).is_file() and (out / REPORT).is_file()
 
 
 class Journal:
@@ -174,7 +105,7 @@ class Journal:
         entry = {"block": block, **record}
         handle = os.open(self._file, os.O_WRONLY | os.O_APPEND)
         try:
-            _write_durably(handle, _line(entry))
+            write_durably(handle, _line(entry))
         finally:
             os.close(handle)
         self.done[block] = entry

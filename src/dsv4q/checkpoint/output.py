@@ -1,4 +1,4 @@
-"""The output folder of a run: whether it can be written, has room, and what is finished in it already."""
+"""The output folder of a run: whether it is ours to write, has room, and what is finished in it already."""
 
 from __future__ import annotations
 
@@ -7,9 +7,36 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.journal import INDEX, PAGE, REPORT, Journal, first_difference, is_finished
-from dsv4q.errors import DiskError, OutputError, VerificationFailed
-from dsv4q.verify.judge import VerifyResult, verify_headers
+from dsv4q.checkpoint.files import INDEX, PAGE, REPORT, WORK, is_finished
+from dsv4q.checkpoint.journal import Journal, first_difference
+from dsv4q.errors import DiskError, OutputError
+
+
+def check_output(out: Path, source: Path) -> None:
+    """Refuse a folder that is not ours to write.
+
+    Raises:
+        OutputError: OUT is a file, holds foreign files, or lies inside the source (or the source inside it).
+    """
+    there, origin = out.resolve(), source.resolve()
+    origin = origin.parent if origin.is_file() else origin
+    if there == origin or there.is_relative_to(origin) or origin.is_relative_to(there):
+        raise OutputError(
+            "The output folder and the source overlap",
+            where=out,
+            expected="a folder outside the source",
+            found=f"source {source}",
+        )
+    if out.exists() and not out.is_dir():
+        raise OutputError("The output is not a folder", where=out)
+    if out.is_dir() and any(out.iterdir()) and not (out / WORK).is_dir() and not is_finished(out):
+        raise OutputError(
+            "The output folder is not empty and not an unfinished run of dsv4q",
+            where=out,
+            expected="a new or empty folder",
+            found=", ".join(sorted(p.name for p in out.iterdir())[:5]),
+            hint="choose another folder; nothing in this one was touched",
+        )
 
 
 def place_problem(out: Path) -> OutputError | None:
@@ -45,7 +72,6 @@ def already_there(out: Path, identity: dict[str, Any], *, resume: bool) -> dict[
 
     Raises:
         OutputError: a finished artifact of another source, config, data or version; `resume` is false.
-        VerificationFailed: it has been damaged since.
     """
     report = finished_report(out)
     if report is None:
@@ -76,7 +102,6 @@ def already_there(out: Path, identity: dict[str, Any], *, resume: bool) -> dict[
     # Only the page comes after the index, so a crash can have left nothing but the work folder and a torn page.
     Journal.remove_leftovers(out)
     (out / f"{PAGE}.partial").unlink(missing_ok=True)
-    require_verified(out)
     return report
 
 
@@ -89,22 +114,3 @@ def finished_report(out: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) and isinstance(report.get("identity"), dict) else None
-
-
-def require_verified(out: Path) -> VerifyResult:
-    """The independent judge looks at the headers before we say that it is done; what it says.
-
-    Raises:
-        VerificationFailed: it finds a difference.
-    """
-    result = verify_headers(out)
-    if not result.ok:
-        first = result.differences[0]
-        raise VerificationFailed(
-            f"The finished artifact has {len(result.differences)} difference(s) from the contract",
-            where=f"{first.tensor or ''} {first.file or ''}".strip() or out,
-            expected=first.expected,
-            found=first.found,
-            hint=f"dsv4q verify-shards {out} lists all; if it has only just been made, please report this",
-        )
-    return result

@@ -19,21 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.checkpoint.headers import (
-    AGAIN,
-    MAX_HEADER,
-    Findings,
-    Shard,
-    TensorEntry,
-    few,
-    fill,
-    open_regular,
-    opened,
-    read_at,
-    read_shard,
-    shown,
-    strict_json,
-)
+from dsv4q.checkpoint.files import AGAIN, fill, open_regular, opened, read_at
+from dsv4q.checkpoint.headers import MAX_HEADER, Findings, Shard, TensorEntry, few, read_shard, shown, strict_json
 from dsv4q.errors import SourceError
 from dsv4q.layout import DTYPE_BYTES, load_config
 
@@ -445,3 +432,17 @@ def require_sound(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     raise SourceError(
         first.what, where=first.where, expected=first.expected, found=first.found, hint="; ".join(hints) or None
     )
+
+
+def require_weights(checkpoint: Checkpoint) -> None:
+    """Refuse a source that has only a config.json.
+
+    Raises:
+        SourceError: no safetensors there.
+    """
+    if not checkpoint.has_weights:
+        raise SourceError(
+            "The source has no safetensors files",
+            where=checkpoint.root,
+            hint="`dsv4q plan` works from a config.json alone; `dsv4q quantize` needs the weights",
+        )

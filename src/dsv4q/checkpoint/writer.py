@@ -14,43 +14,25 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from dsv4q.checkpoint.journal import fsync_folder
-from dsv4q.errors import DiskError, OutputError
-from dsv4q.plan.plan import WRITE_BEHIND, WRITE_THREADS, PlannedShard, PlannedTensor, ShardPlan
+from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
+from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
+from dsv4q.errors import OutputError
 
 Data = memoryview | bytes | bytearray
 
+WRITE_BEHIND = 4_000_000_000
+"""Bytes that may wait to be written, a block's output: so the disk has work while the next block is computed."""
+
+WRITE_THREADS = 6
+"""sha256 takes 0.8 s a GB on one thread, and copying into the page cache half of that again."""
+
 _IOV_MAX = 256
 """Pieces in one call of pwritev; the system takes 1024."""
-
-_AGAIN = "make room, or see to the disk; then the same command goes on from there"
-
-
-@contextmanager
-def disk_errors(what: str, where: Path) -> Iterator[None]:
-    """Turn what the system says of a file into a DiskError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(what, where=where, found=error.strerror, hint=_AGAIN) from error
-
-
-def write_at(handle: int, views: Iterable[memoryview], offset: int) -> None:
-    """pwritev may write less than it was given, on a disk that is nearly full for one."""
-    left = deque(view for view in views if view)
-    while left:
-        written = os.pwritev(handle, left, offset)
-        offset += written
-        while left and written >= len(left[0]):
-            written -= len(left.popleft())
-        if written:
-            left[0] = left[0][written:]
 
 
 def _start_writing_back(handle: int, offset: int, length: int) -> None:

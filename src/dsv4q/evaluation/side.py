@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dsv4q.checkpoint.against_layout import draft_kind
 from dsv4q.checkpoint.headers import few
 from dsv4q.checkpoint.native import NativeCheckpoint, open_source
-from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.errors import CalibrationError, SourceError
 from dsv4q.evaluation.emulate import kernel_weight, quantizer, shares_input_scale
 from dsv4q.layout import Dims, TensorSpec, source_tensors
@@ -30,7 +30,6 @@ from dsv4q.model.model import (
     run_block,
     set_tensor,
 )
-from dsv4q.plan.plan import require_weights
 from dsv4q.verify.config import Scheme, Stored, judge_config
 from dsv4q.verify.result import Log
 

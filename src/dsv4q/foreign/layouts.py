@@ -30,8 +30,7 @@ from typing import Any
 from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError
-from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
-from dsv4q.plan.plan import class_name
+from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, class_name, source_tensors
 
 INPUT_SCALE, OTHER = "input scale", "other"
 """Classes of what is not a tensor of the model."""

@@ -6,147 +6,26 @@ No tensor is read and nothing is imported that takes seconds. The run executes t
 from __future__ import annotations
 
 import json
-import math
-import shutil
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dsv4q.checkpoint.against_layout import compare_with_layout, draft_kind
 from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of
+from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan, balanced_shards, blocks_of
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config
-from dsv4q.errors import ConfigError, Dsv4qError, RecipeError, SourceError
-from dsv4q.layout import DTYPE_BYTES, HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
+from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
+from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, class_name, source_tensors
+from dsv4q.plan.needs import Estimate, estimate
 from dsv4q.plan.targets import published_config, select
 from dsv4q.plan.work import Share
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme, stored_tensors
 
-RUNTIME_BYTES = 1_500_000_000
-"""Python, torch, llmcompressor and the meta-device model; measured, see docs/log.md."""
-
-READ_AHEAD = 4_000_000_000
-"""Bytes read before they are needed, at most; a block at most where blocks are smaller."""
-
-WRITE_BEHIND = 4_000_000_000
-"""Bytes that may wait to be written, a block's output: so the disk has work while the next block is computed."""
-
-WRITE_THREADS = 6
-"""sha256 takes 0.8 s a GB on one thread, and copying into the page cache half of that again."""
-
-ENCODE_BYTES = 2_000_000_000
-"""On a GPU: temporaries of the encoder, and what waits to be copied to the host."""
-
-STREAMS_ON_GPU = 2_500_000_000
-"""Residual streams of all samples up to this size stay on the GPU between two blocks."""
-
-STREAMS_IN_MEMORY = 12_000_000_000
-"""Larger ones are kept on the host, and beyond this on disk, micro-batch by micro-batch."""
-
 QUANTIZATION_VERSION = "0.17.0"
 """compressed-tensors version stated in config.json: the oldest one whose fields we write."""
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the artifact."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    spec: TensorSpec
-    """The source tensor it is made of."""
-    encoded: bool
-    """False: the source's bytes. True: made by compressing the module `spec.module`."""
-    block: str
-    """Unit of work that writes it."""
-
-    @cached_property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """One safetensors file: its exact header and the offset of every tensor in it."""
-
-    file: str
-    tensors: tuple[PlannedTensor, ...]
-    """In the order in which they lie in the file: by alignment, then by the model's order."""
-
-    @classmethod
-    def of(cls, file: str, tensors: Iterable[PlannedTensor]) -> PlannedShard:
-        """A shard of `tensors`, which come in the model's order."""
-        # Wide dtypes first keeps every tensor aligned to its element size, as safetensors' own writer does.
-        return cls(file, tuple(sorted(tensors, key=lambda t: -DTYPE_BYTES[t.dtype])))
-
-    @cached_property
-    def data_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors)
-
-    @cached_property
-    def header(self) -> bytes:
-        """8 bytes of length and the JSON, padded with spaces to a multiple of 8."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in self.tensors:
-            end = offset + tensor.nbytes
-            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
-            offset = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + self.data_bytes
-
-    def offsets(self) -> Iterator[tuple[PlannedTensor, int]]:
-        """Tensors with their absolute offset in the file."""
-        offset = len(self.header)
-        for tensor in self.tensors:
-            yield tensor, offset
-            offset += tensor.nbytes
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """What is written, to which file, and where in it."""
-
-    shards: tuple[PlannedShard, ...]
-
-    @cached_property
-    def tensors(self) -> tuple[PlannedTensor, ...]:
-        return tuple(t for shard in self.shards for t in shard.tensors)
-
-    @cached_property
-    def blocks(self) -> tuple[str, ...]:
-        """Units of work in order."""
-        return tuple(sorted(self._by_block, key=_block_order))
-
-    def block_tensors(self, block: str) -> tuple[PlannedTensor, ...]:
-        return self._by_block.get(block, ())
-
-    @cached_property
-    def _by_block(self) -> dict[str, tuple[PlannedTensor, ...]]:
-        found: dict[str, list[PlannedTensor]] = defaultdict(list)
-        for tensor in self.tensors:
-            found[tensor.block].append(tensor)
-        return {block: tuple(tensors) for block, tensors in found.items()}
-
-    @property
-    def artifact_bytes(self) -> int:
-        """Bytes of tensor data, the index's `total_size`."""
-        return sum(s.data_bytes for s in self.shards)
-
-    def index(self) -> dict[str, Any]:
-        """Contents of model.safetensors.index.json."""
-        weight_map = {t.name: shard.file for shard in self.shards for t in shard.tensors}
-        return {"metadata": {"total_size": self.artifact_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 @dataclass(frozen=True)
@@ -168,29 +47,6 @@ class SourceFiles:
         if not checkpoint.has_weights:
             return cls("assumed bf16", dict(Counter(s.dtype for s in specs).most_common()), sizes)
         return cls("native" if isinstance(checkpoint, NativeCheckpoint) else "bf16", forms_of(checkpoint), sizes)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes that the run needs at most."""
-
-    host: int
-    read_ahead: int
-    """Part of `host`: what the reader may hold before it is needed."""
-    gpu: int
-    gpu_ahead: int
-    """With the next block on the GPU while one is worked on; done where there is room."""
-    disk: int
-    streams: int
-    """Residual streams of all calibration tokens."""
-    calibration_tokens: int
-
-    @property
-    def streams_kept(self) -> str:
-        """Where the residual streams are kept between two blocks when a GPU is used."""
-        if self.streams > STREAMS_IN_MEMORY:
-            return "on disk"
-        return "in host memory" if self.streams > STREAMS_ON_GPU else "on the GPU"
 
 
 @dataclass(frozen=True)
@@ -238,7 +94,7 @@ class Plan(ShardPlan):
                 "mtp_bytes": sum(t.nbytes for t in mtp),
                 "quantized_linears": dict(Counter(self.group_of.values())),
                 "shards": [
-                    {"file": s.file, "tensors": len(s.tensors), "bytes": s.nbytes, "blocks": _blocks_of(s)}
+                    {"file": s.file, "tensors": len(s.tensors), "bytes": s.nbytes, "blocks": blocks_of(s)}
                     for s in self.shards
                 ],
             },
@@ -255,11 +111,6 @@ class Plan(ShardPlan):
         }
 
 
-def class_name(spec: TensorSpec) -> str:
-    """The class that plan and report count a tensor under."""
-    return f"mtp: {spec.role}" if spec.is_mtp else spec.role
-
-
 def _classes(items: Iterable[tuple[TensorSpec, int, int]]) -> dict[str, dict[str, int]]:
     """Tensors and bytes by class, of (tensor of the model, tensors, bytes)."""
     found: dict[str, dict[str, int]] = {}
@@ -268,15 +119,6 @@ def _classes(items: Iterable[tuple[TensorSpec, int, int]]) -> dict[str, dict[str
         entry["tensors"] += count
         entry["bytes"] += nbytes
     return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
-
-
-def _blocks_of(shard: PlannedShard) -> list[str]:
-    return list(dict.fromkeys(t.block for t in sorted(shard.tensors, key=lambda t: _block_order(t.block))))
-
-
-def _block_order(block: str) -> tuple[int, int]:
-    kind, _, number = block.partition(".")
-    return ("embed", "layers", "head", "mtp").index(kind), int(number or 0)
 
 
 def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None = None) -> Plan:
@@ -309,7 +151,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     problems += misfits
     problems += _unread_by_the_consumer(config)
     shards = balanced_shards(tensors, config.output.shards)
-    estimate = _estimate(specs, shards, config, dims)
+    needs = estimate(specs, shards, config, dims)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
     return Plan(
         source=str(checkpoint.root),
@@ -321,7 +163,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         group_of=dict(selection.group_of),
         artifact_config=_artifact_config(checkpoint.config, config, dims, dict(selection.group_of)),
         draft=draft_kind(names),
-        estimate=estimate,
+        estimate=needs,
         free_disk=free_disk,
         problems=tuple(problems),
     )
@@ -390,59 +232,6 @@ def _head_copies(specs: list[TensorSpec]) -> Iterator[PlannedTensor]:
             yield PlannedTensor(f"{block}.{suffix}", spec.dtype, spec.shape, spec, False, block)
 
 
-def balanced_shards(
-    tensors: list[PlannedTensor], count: int, asked_by: str = "output.shards"
-) -> tuple[PlannedShard, ...]:
-    """Cut the model's order into exactly `count` contiguous shards as equal as whole pieces allow.
-
-    A piece is one routed expert or one other module; it is never cut. Each cut is the piece boundary nearest to
-    its ideal place, k/count of all bytes.
-    """
-    pieces: list[list[PlannedTensor]] = []
-    key = None
-    for tensor in tensors:
-        this = (tensor.block, tensor.spec.expert if tensor.spec.expert is not None else tensor.name.rpartition(".")[0])
-        if this != key:
-            pieces.append([])
-        pieces[-1].append(tensor)
-        key = this
-    if count > len(pieces):
-        raise ConfigError(
-            "More shards are asked for than there are pieces to put into them",
-            where=asked_by,
-            expected=f"at most {len(pieces)}",
-            found=count,
-        )
-    ends = _cuts([sum(t.nbytes for t in piece) for piece in pieces], count)
-    shards = []
-    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False), 1):
-        members = [tensor for piece in pieces[start:end] for tensor in piece]
-        shards.append(PlannedShard.of(shard_name(number, count), members))
-    return tuple(shards)
-
-
-def shard_name(number: int, count: int) -> str:
-    """Name of shard `number`, from 1, of `count`."""
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _cuts(sizes: list[int], count: int) -> list[int]:
-    """End index of each of `count` contiguous parts of `sizes`, none empty."""
-    sums = [0]
-    for size in sizes:
-        sums.append(sums[-1] + size)
-    ends: list[int] = []
-    for k in range(1, count):
-        ideal = sums[-1] * k / count
-        at = bisect_left(sums, ideal)
-        if at > 0 and ideal - sums[at - 1] <= sums[at] - ideal:
-            at -= 1
-        least = (ends[-1] if ends else 0) + 1
-        most = len(sizes) - (count - k)
-        ends.append(min(max(at, least), most))
-    return [*ends, len(sizes)]
-
-
 def _artifact_config(source: dict[str, Any], config: Config, dims: Dims, group_of: dict[str, str]) -> dict[str, Any]:
     """The source's config.json, every key kept, with our quantization_config; without MTP its count is 0."""
     result = {key: value for key, value in source.items() if key != "quantization_config"}
@@ -450,42 +239,6 @@ def _artifact_config(source: dict[str, Any], config: Config, dims: Dims, group_o
         result["num_nextn_predict_layers"] = 0
     result["quantization_config"] = published_config(config.groups, group_of, dims, QUANTIZATION_VERSION)
     return result
-
-
-def _estimate(specs: list[TensorSpec], shards: tuple[PlannedShard, ...], config: Config, dims: Dims) -> Estimate:
-    """Upper bounds from the shapes alone; docs/log.md has what runs really took."""
-    read: Counter[str] = Counter()
-    for spec in specs:
-        read[spec.block] += spec.nbytes
-    written: Counter[str] = Counter()
-    for shard in shards:
-        for tensor in shard.tensors:
-            written[tensor.block] += tensor.nbytes
-    main = [block for block in read if block.startswith("layers.")]
-    block = max(read[b] + written[b] for b in main)
-    largest = max(s.nbytes for s in specs)
-    tokens = config.calibration.tokens if config.calibration and config.needs_data else 0
-    streams = tokens * dims.hc_mult * dims.hidden * 2
-    batch, micro_batches = 0, 1
-    if tokens and config.calibration:
-        micro_batches = -(-config.calibration.samples // config.calibration.micro_batch)
-        rows = config.calibration.micro_batch * config.calibration.max_length
-        scores = config.calibration.micro_batch * dims.heads * config.calibration.max_length**2
-        wide = max(dims.heads * dims.head_dim, 4 * dims.moe_intermediate, 4 * dims.hc_mult * dims.hidden)
-        batch = 6 * (rows * wide + 2 * scores)
-    spilled = streams > STREAMS_IN_MEMORY
-    on_gpu = 2 * streams if streams <= STREAMS_ON_GPU else 0
-    ahead_on_gpu = max(read[b] for b in main)
-    gpu = ahead_on_gpu + batch + min(ENCODE_BYTES, block) + largest + on_gpu
-    disk = sum(s.nbytes for s in shards) + (3 if spilled else 2) * streams
-    ahead = min(READ_AHEAD, max(read[b] for b in main))
-    behind = min(WRITE_BEHIND, max(written[b] for b in main))
-    held = 4 * streams // max(1, micro_batches) if spilled else 2 * streams
-    host = RUNTIME_BYTES + block + held + batch + largest + ahead + behind
-    return Estimate(
-        host=host, read_ahead=ahead, gpu=gpu, gpu_ahead=gpu + ahead_on_gpu, disk=disk, streams=streams,
-        calibration_tokens=tokens,
-    )  # fmt: skip
 
 
 def rank_shares(plan: Plan, count: int) -> list[dict[str, Any]]:
@@ -542,33 +295,6 @@ def with_problem(plan: Plan, problem: Dsv4qError | None) -> Plan:
     return plan if problem is None else replace(plan, problems=(*plan.problems, problem))
 
 
-def require_weights(checkpoint: Checkpoint) -> None:
-    """Refuse a source that has only a config.json.
-
-    Raises:
-        SourceError: no safetensors there.
-    """
-    if not checkpoint.has_weights:
-        raise SourceError(
-            "The source has no safetensors files",
-            where=checkpoint.root,
-            hint="`dsv4q plan` works from a config.json alone; `dsv4q quantize` needs the weights",
-        )
-
-
 def artifact_config_text(plan: Plan) -> str:
     """config.json of the artifact."""
     return json.dumps(plan.artifact_config, indent=2, ensure_ascii=False) + "\n"
-
-
-def index_text(plan: ShardPlan) -> str:
-    """model.safetensors.index.json of the artifact."""
-    return json.dumps(plan.index(), indent=2) + "\n"
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that an ordinary user can still write where `path` lies or will lie."""
-    probe = path.absolute()
-    while not probe.exists():
-        probe = probe.parent
-    return shutil.disk_usage(probe).free

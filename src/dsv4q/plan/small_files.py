@@ -9,11 +9,13 @@ from typing import Any
 
 import yaml
 
-from dsv4q.checkpoint.journal import INDEX, REPORT, check_output, write_atomic
+from dsv4q.checkpoint.files import INDEX, REPORT, write_atomic
+from dsv4q.checkpoint.output import check_output
+from dsv4q.checkpoint.shards import ShardPlan, index_text
 from dsv4q.checkpoint.writer import write_sparse_shards
 from dsv4q.errors import OutputError
 from dsv4q.plan.modelcard import LICENSE_FILE, model_card
-from dsv4q.plan.plan import Plan, ShardPlan, artifact_config_text, index_text
+from dsv4q.plan.plan import Plan, artifact_config_text
 
 _CARRIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from llmcompressor.observers.min_max import StaticMinMaxObserver
 
+from dsv4q.checkpoint.shards import PlannedTensor
 from dsv4q.config import Activations
 from dsv4q.errors import CalibrationError, RankError
 from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, error_sums, fp8_block_encode, nvfp4_encode
 from dsv4q.formats.error import Errors
 from dsv4q.layout import TensorSpec
 from dsv4q.model.upstream import encode_module, scheme_of
-from dsv4q.plan.plan import PlannedTensor
 from dsv4q.recipe.schemes import NVFP4
 from dsv4q.run.measure import add_errors, decoded
 from dsv4q.run.observers import ExactFp8BlockObserver, ExactNvfp4Observer, settle_nvfp4

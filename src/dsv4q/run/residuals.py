@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from dsv4q.checkpoint.journal import fsync_folder
-from dsv4q.checkpoint.writer import disk_errors, write_at
-from dsv4q.plan.plan import STREAMS_IN_MEMORY, STREAMS_ON_GPU
+from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
+from dsv4q.plan.needs import STREAMS_IN_MEMORY, STREAMS_ON_GPU
 from dsv4q.run.measure import tensor_bytes
 
 SAVE_BYTES_PER_SECOND = 1e9

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.journal import REPORT
+from dsv4q.checkpoint.files import REPORT
 from dsv4q.errors import OutputError
 from dsv4q.report.build import FORMAT
 from dsv4q.report.page.node import Gap, Node

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.journal import PAGE, write_atomic
+from dsv4q.checkpoint.files import PAGE, write_atomic
 from dsv4q.errors import OutputError, SourceError
 from dsv4q.report.page.inputs import read_inputs
 from dsv4q.report.page.node import Gap

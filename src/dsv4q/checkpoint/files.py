@@ -1,0 +1,145 @@
+"""Files and folders: opened with care, read and written whole, made durable; every system error names its file."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dsv4q.errors import DiskError, SourceError
+
+WORK = ".dsv4q"
+"""Work folder of an unfinished run, inside its output folder."""
+INDEX = "model.safetensors.index.json"
+REPORT = "report.json"
+PAGE = "report.html"
+
+AGAIN = "download this file again"
+GOES_ON = "make room, or see to the disk; then the same command goes on from there"
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def open_regular(path: Path, expected: str | None = None) -> tuple[int, int]:
+    """Open a regular file for reading; returns descriptor and size. O_NONBLOCK so that a FIFO cannot hang us.
+
+    Raises:
+        SourceError: absent, not to be opened, or no regular file; `expected` says what should have been there.
+    """
+
+    def refused(what: str, found: object) -> SourceError:
+        return SourceError(what, where=path, expected=expected, found=found, hint=AGAIN)
+
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise refused("A file of the checkpoint is not there", "no such file") from None
+    except (OSError, ValueError) as error:
+        raise refused("A file of the checkpoint cannot be opened", error) from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise refused("A file of the checkpoint is not a regular file", kind)
+    return handle, status.st_size
+
+
+@contextmanager
+def opened(path: Path, expected: str | None = None) -> Iterator[tuple[int, int]]:
+    """`open_regular`, closed at the end."""
+    handle, size = open_regular(path, expected)
+    try:
+        yield handle, size
+    finally:
+        os.close(handle)
+
+
+def fill(handle: int, buffer: memoryview, offset: int, where: Path) -> int:
+    """Read into `buffer` (bytes) from `offset` until it is full or the file ends; returns the bytes read.
+
+    Raises:
+        SourceError: the disk fails.
+    """
+    done = 0
+    try:
+        while done < len(buffer):
+            count = os.preadv(handle, [buffer[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+    except OSError as error:
+        raise SourceError("Reading the checkpoint failed", where=where, found=error, hint="check the disk") from error
+    return done
+
+
+def read_at(handle: int, offset: int, length: int, where: Path) -> bytes:
+    """Up to `length` bytes; fewer only where the file ends. Raises as `fill`."""
+    buffer = bytearray(length)
+    return bytes(memoryview(buffer)[: fill(handle, memoryview(buffer), offset, where)])
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def disk_errors(what: str, where: Path) -> Iterator[None]:
+    """Turn what the system says of a file into a DiskError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(what, where=where, found=error.strerror, hint=GOES_ON) from error
+
+
+def write_at(handle: int, views: Iterable[memoryview], offset: int) -> None:
+    """pwritev may write less than it was given, on a disk that is nearly full for one."""
+    left = deque(view for view in views if view)
+    while left:
+        written = os.pwritev(handle, left, offset)
+        offset += written
+        while left and written >= len(left[0]):
+            written -= len(left.popleft())
+        if written:
+            left[0] = left[0][written:]
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new files in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file so that it is either whole or not there; mode 0644."""
+    partial = path.with_name(path.name + ".partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        try:
+            os.fchmod(handle, 0o644)
+            write_durably(handle, data)
+        finally:
+            os.close(handle)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_durably(handle: int, data: bytes) -> None:
+    """Append all of `data` and wait until the disk has it."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+    os.fsync(handle)
+
+
+def is_finished(out: Path) -> bool:
+    """Whether `out` holds an artifact that a run of ours completed."""
+    return (out / INDEX).is_file() and (out / REPORT).is_file()
