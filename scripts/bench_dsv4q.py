@@ -14,22 +14,28 @@ import argparse
 import json
 import math
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsv4q.checkpoint.journal import Journal
+from dsv4q.checkpoint.native import open_source
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.config import Config, load_config, parse_config
 from dsv4q.console import Console, Mode, Progress
+from dsv4q.host import peak_memory
 from dsv4q.layout import Role
 from dsv4q.plan.plan import Plan
-from dsv4q.quantize import Job, prepare, quantize, quantize_blocks
-from dsv4q.report.build import peak_memory
+from dsv4q.quantize import Job, begin, prepare, quantize
+from dsv4q.report.build import build_report
+from dsv4q.run.ranks import Ranks
+from dsv4q.run.run import run_blocks
 from dsv4q.run.stacked import StackLayout
 
 CONFIG = Path(__file__).parent.parent / "configs" / "nvfp4-fp8-mtp.yaml"
@@ -178,10 +184,24 @@ def summary(profile: torch.profiler.profile, gpu: bool) -> dict[str, Any]:
 def covered(events: Iterable[Any]) -> float:
     """Length of the union of the events' ranges, in the profiler's unit."""
     total, reached = 0.0, -math.inf
-    for begin, end in sorted((e.time_range.start, e.time_range.end) for e in events):
-        total += max(end - max(begin, reached), 0)
+    for start, end in sorted((e.time_range.start, e.time_range.end) for e in events):
+        total += max(end - max(start, reached), 0)
         reached = max(reached, end)
     return total
+
+
+def blocks_alone(job: Job, console: Console) -> dict[str, Any]:
+    """A run of the job from its start with the bytes thrown away; returns the report. Nothing is verified."""
+    with open_source(job.source) as source:
+        run = replace(begin(job, prepare(job), source, Ranks()), make_writer=Discard)
+        journal = Journal.open(job.out, run.identity(), resume=False)
+        try:
+            peaks = run_blocks(run, journal, console)
+            journal.remove()
+        finally:
+            journal.close()
+    seconds = time.time() - run.begin
+    return build_report(run.plan, journal.done, run.identity(), run.data, seconds=seconds, peaks=peaks)
 
 
 def main() -> None:
@@ -197,7 +217,7 @@ def main() -> None:
     console = WatchingConsole(began=profile.began) if options.profile else Console(Mode.QUIET)
     if options.modules:
         StackLayout.of = classmethod(lambda _cls, _members: None)  # type: ignore[method-assign,assignment]
-    report = quantize_blocks(job, console, Discard) if options.sink else quantize(job, console)
+    report = blocks_alone(job, console) if options.sink else quantize(job, console)
     finish(
         {
             "blocks": [{"block": b["block"], "seconds": b["seconds"]} for b in report["blocks"]],

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from dsv4q.cli import main
-from dsv4q.run.block import BlockStream
+from dsv4q.run.pipeline import BlockLoop
 
-real = BlockStream._next
+real = BlockLoop._next
 
 
-def killed(self: BlockStream, blocks: Any, wanted: Any, watch: Any) -> Any:
-    if f"{self.ranks.share.rank}:{wanted[0]}" == os.environ["KILL"]:
+def killed(self: BlockLoop, blocks: Any, task: Any, watch: Any) -> Any:
+    if f"{self.ranks.share.rank}:{task.name}" == os.environ["KILL"]:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, blocks, wanted, watch)
+    return real(self, blocks, task, watch)
 
 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BlockStream, "_next", killed)
+        patch.setattr(BlockLoop, "_next", killed)
         main()

@@ -371,18 +371,18 @@ def test_ctrl_c_stops_a_run_with_a_hint_and_the_same_command_finishes_it(
 
 
 def test_a_resumed_run_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsv4q.run.block import BlockStream
+    from dsv4q.run.block import BlockWorker
 
     line = ("quantize", folder / "source", tmp_path / "out", "-c", TOY)
-    real = BlockStream._decoder_block
+    real = BlockWorker._decoder_block
 
-    def stop(self: BlockStream, block: Any, *rest: Any, encode: bool) -> None:
-        if block.name == "layers.2":
+    def stop(self: BlockWorker, block: Any, *rest: Any) -> None:
+        if block.task.name == "layers.2":
             raise KeyboardInterrupt
-        real(self, block, *rest, encode=encode)
+        real(self, block, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockStream, "_decoder_block", stop)
+        patch.setattr(BlockWorker, "_decoder_block", stop)
         assert cli(*line).code == 1
     result = cli(*line)
     assert result.code == 0 and "Resuming: 3 of 8 blocks are done" in result.err

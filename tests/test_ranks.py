@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dsv4q.checkpoint.native import scan_source
-from dsv4q.plan.plan import make_plan, rank_shares
-from dsv4q.plan.work import Share
+from dsv4q.config import load_config
+from dsv4q.plan.plan import make_plan
+from dsv4q.plan.work import Share, WorkTable
 from dsv4q.quantize import Job
-from runs import CONFIGS, finished_files, toy_job
+from runs import CONFIGS, at_toy_size, finished_files, run, toy_job
 
 TOY = CONFIGS / "toy.yaml"
 
@@ -27,9 +29,9 @@ class Done:
     err: str
 
 
-def quantize(source: Path, out: Path, ranks: int, *more: str, kill: str | None = None) -> Done:
+def quantize(source: Path, out: Path, ranks: int, config: Path = TOY, *, kill: str | None = None) -> Done:
     """`dsv4q quantize` as users start it; `kill` = "RANK:BLOCK" SIGKILLs that rank when it begins that block."""
-    command = ["dsv4q", "quantize", str(source), str(out), "-c", str(TOY), "--device", "cpu", *more]
+    command = ["dsv4q", "quantize", str(source), str(out), "-c", str(config), "--device", "cpu"]
     start = [sys.executable, "-m"]
     if ranks > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
@@ -63,15 +65,24 @@ def assert_same(one: Path, other: Path) -> None:
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+def work_done(out: Path) -> list[dict[str, int]]:
+    """What the report says that each rank did."""
+    ranks = json.loads((out / "report.json").read_text())["ranks"]
+    return [{key: value for key, value in rank.items() if key != "peak_memory"} for rank in ranks]
+
+
+def planned(job: Job, ranks: int) -> list[dict[str, int]]:
+    """What the plan says that each rank does."""
+    return WorkTable(make_plan(scan_source(job.source), job.config), ranks).by_rank()
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_several_ranks_write_the_bytes_of_one(ranks: int, job: Job, alone: Path, tmp_path: Path) -> None:
     done = quantize(job.source, tmp_path / "out", ranks)
     assert done.code == 0, done.err
     assert done.out.count("is complete") == 1
     assert_same(alone, tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [rank["rank"] for rank in report["ranks"]] == list(range(ranks))
-    assert all(rank["encoded_linears"] and rank["write_bytes"] for rank in report["ranks"])
+    assert work_done(tmp_path / "out") == planned(job, ranks)
 
 
 def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_resumes_it(
@@ -86,6 +97,24 @@ def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_resumes_it(
     again = quantize(job.source, tmp_path / "out", 1)
     assert again.code == 0 and "Resuming" in again.err
     assert_same(alone, tmp_path / "out")
+    whole, shared = planned(job, 1)[0], work_done(tmp_path / "out")
+    assert [rank["rank"] for rank in shared] == [0, 1]
+    assert all(sum(rank[key] for rank in shared) == whole[key] for key in ("encoded_linears", "write_bytes"))
+
+
+def test_ranks_do_what_the_plan_said_where_experts_are_no_stacks(job: Job, tmp_path: Path) -> None:
+    config = at_toy_size(load_config(CONFIGS / "w4a16-fp8-mtp.yaml"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = quantize(job.source, tmp_path / "out", 3, tmp_path / "config.yaml")
+    assert done.code == 0, done.err
+    assert work_done(tmp_path / "out") == planned(replace(job, config=config), 3)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
+def test_one_rank_does_what_the_plan_said(name: str, job: Job, tmp_path: Path) -> None:
+    there = replace(toy_job(job.source.parent, name, make=False), out=tmp_path / "out")
+    run(there)
+    assert work_done(there.out) == planned(there, 1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 300])
@@ -99,7 +128,7 @@ def test_shares_hold_everything_once(count: int, things: int) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_shares_of_all_ranks_add_up_to_the_artifact(count: int, job: Job) -> None:
     plan = make_plan(scan_source(job.source), job.config)
-    shares = rank_shares(plan, count)
+    shares = WorkTable(plan, count).by_rank()
     assert sum(share["write_bytes"] for share in shares) == sum(t.nbytes for t in plan.tensors)
     assert sum(share["encoded_linears"] for share in shares) == len(plan.group_of)
     assert sum(share["micro_batches"] for share in shares) == 2

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from dsv4q import rehearse as story
+from dsv4q.checkpoint.journal import Journal
+from dsv4q.checkpoint.native import open_source
 from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.cli import main
@@ -23,8 +25,13 @@ from dsv4q.errors import OutputError, SourceError, UsageError
 from dsv4q.layout import Dims
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.plan.plan import Plan
-from dsv4q.quantize import Job, quantize_blocks
+from dsv4q.quantize import Job
+from dsv4q.quantize import begin as begin_run
+from dsv4q.quantize import prepare as prepare_job
 from dsv4q.rehearse import FLASH, Rehearsal, chosen_layers, cut_config, prepare, rehearse
+from dsv4q.report.build import build_report
+from dsv4q.run.ranks import Ranks
+from dsv4q.run.run import run_blocks
 from dsv4q.verify.judge import verify, verify_headers
 from runs import CONFIGS, toy_job
 
@@ -202,9 +209,22 @@ class Discard(ShardWriter):
         return []
 
 
+def quantize_blocks(job: Job, make_writer: type[ShardWriter] = ShardWriter) -> dict[str, Any]:
+    """The blocks of a job, without what makes an artifact of its shards; the run's report."""
+    with open_source(job.source) as source:
+        run = replace(begin_run(job, prepare_job(job), source, Ranks()), make_writer=make_writer)
+        journal = Journal.open(job.out, run.identity(), resume=False)
+        try:
+            peaks = run_blocks(run, journal, QUIET)
+            journal.remove()
+        finally:
+            journal.close()
+    return build_report(run.plan, journal.done, run.identity(), run.data, seconds=1.0, peaks=peaks)
+
+
 def test_blocks_alone_write_what_their_writer_writes_and_no_artifact(tmp_path: Path) -> None:
     job = toy_job(tmp_path)
-    report = quantize_blocks(job, QUIET)
+    report = quantize_blocks(job)
     assert sorted(path.name for path in job.out.iterdir()) == [
         f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)
     ]
@@ -213,14 +233,12 @@ def test_blocks_alone_write_what_their_writer_writes_and_no_artifact(tmp_path: P
 
 def test_a_writer_from_outside_may_throw_the_bytes_away(tmp_path: Path) -> None:
     job = toy_job(tmp_path)
-    report = quantize_blocks(job, QUIET, Discard)
+    report = quantize_blocks(job, Discard)
     assert list(job.out.iterdir()) == []
     assert report["errors"]["routed expert"]["tensors"] == 120
 
 
 def planned_blocks(job: Job) -> tuple[str, ...]:
-    from dsv4q.quantize import prepare as prepare_job
-
     return prepare_job(replace(job, out=job.out.with_name("other"))).blocks
 
 

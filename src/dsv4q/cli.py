@@ -129,17 +129,19 @@ def plan(
     from dsv4q.checkpoint.native import scan_source
     from dsv4q.config import load_config
     from dsv4q.host import free_bytes
-    from dsv4q.plan.plan import make_plan, rank_shares
+    from dsv4q.plan.plan import make_plan
+    from dsv4q.plan.work import WorkTable
     from dsv4q.report.show import show_plan, show_ranks
 
     console = _console(as_json, quiet)
     parsed = load_config(config)
     with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
-    console.data(made.as_dict() | ({"ranks": rank_shares(made, ranks)} if ranks > 1 else {}))
+    shares = WorkTable(made, ranks).by_rank() if ranks > 1 else []
+    console.data(made.as_dict() | ({"ranks": shares} if shares else {}))
     show_plan(made, console)
-    if ranks > 1:
-        show_ranks(rank_shares(made, ranks), console)
+    if shares:
+        show_ranks(shares, console)
     if skeleton is not None and not made.problems:
         from dsv4q.plan.small_files import write_skeleton
 

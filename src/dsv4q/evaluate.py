@@ -28,9 +28,8 @@ from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.evaluation.drafts import Acceptance, difference, judge_draft, step_1, step_2
 from dsv4q.evaluation.scores import ResidualError, Scores, residual_error, score
 from dsv4q.evaluation.side import DRAFT, Piece, Side, form_of, open_side, require_alike
-from dsv4q.host import stoppable, usable_device
+from dsv4q.host import peak_memory, stoppable, usable_device
 from dsv4q.model.upstream import quiet_libraries
-from dsv4q.report.build import peak_memory
 
 FORMAT = 1
 """Version of the result's structure."""

@@ -67,6 +67,23 @@ def _resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process: resident host memory, and GPU memory if torch used one."""
+    peak = {"host": _peak_resident()}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["gpu"] = int(torch.cuda.max_memory_allocated())
+    return peak
+
+
+def _peak_resident() -> int:
+    # Linux hands getrusage's number on through exec, so a child of a large process would report its parent's peak
+    status = Path("/proc/self/status")
+    if status.is_file() and (match := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(match[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that an ordinary user can still write where `path` lies or will lie."""
     probe = path.absolute()

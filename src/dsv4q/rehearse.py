@@ -31,8 +31,10 @@ from dsv4q.made_up.generated import GeneratedCheckpoint
 from dsv4q.plan.needs import Estimate
 from dsv4q.plan.plan import Plan, first_problem, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
-from dsv4q.quantize import Job, Run, data_spec, run_blocks, run_device
+from dsv4q.quantize import Job, data_spec
+from dsv4q.report.build import build_report
 from dsv4q.report.rehearsal import rehearsal_result
+from dsv4q.run.run import Run, run_blocks, run_device
 from dsv4q.verify.judge import verify_headers
 
 if TYPE_CHECKING:
@@ -121,18 +123,22 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     prepared.source.make_pools()
     there = out.is_dir()
     from dsv4q.dropping import Dropping
+    from dsv4q.run.ranks import Ranks
     from dsv4q.verify.shard import ShardJudge
 
     judge = ShardJudge(out, plan.artifact_config, prepared.source, device)
     dropping = Dropping(judge, out, keep=rehearsal.keep)
-    run = Run(out, plan, prepared.source, data, device, partial(ShardWriter, on_whole=dropping.submit), begin)
+    make_writer = partial(ShardWriter, on_whole=dropping.submit)
+    run = Run(out, plan, prepared.source, data, device, Ranks(), make_writer, begin)
     identity = run.identity() | {"rehearsal": True}
     journal = Journal.open(out, identity, resume=False)
     finished = False
     try:
         with dropping:
-            report = run_blocks(run, journal, identity, console)
+            peaks = run_blocks(run, journal, console)
             blocks_done = time.time()
+            seconds = blocks_done - begin
+            report = build_report(plan, journal.done, identity, data, seconds=seconds, peaks=peaks)
             with stoppable() as check_stop:
                 dropping.wait(check_stop)
         if rehearsal.keep:

@@ -13,13 +13,16 @@ import os
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
+from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
 from dsv4q.errors import OutputError
 
@@ -30,6 +33,9 @@ WRITE_BEHIND = 4_000_000_000
 
 WRITE_THREADS = 6
 """sha256 takes 0.8 s a GB on one thread, and copying into the page cache half of that again."""
+
+_FINISHING = 2
+"""Blocks that are made durable or wait for it."""
 
 _IOV_MAX = 256
 """Pieces in one call of pwritev; the system takes 1024."""
@@ -217,83 +223,50 @@ class BackgroundWriter:
 
     def __init__(self, writer: ShardWriter, *, threads: int = WRITE_THREADS, budget: int = WRITE_BEHIND) -> None:
         self._writer = writer
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dsv4q-write")
-        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="dsv4q-sync")
-        self._change = threading.Condition()
-        """Guards what follows; notified when something was written."""
-        self._behind = 0
-        self._budget = budget
+        self._puts = Behind(threads, budget)
+        # What is being finished gets finished even after an error, so that the journal has it.
+        self._finishes = Behind(1, _FINISHING, completes=True)
+        self._both = ExitStack()
+        self._lock = threading.Lock()
         self._blocks: dict[str, list[Future[None]]] = defaultdict(list)
-        self._finishing: deque[Future[None]] = deque()
-        self._error: BaseException | None = None
 
     def put(self, block: str, tensors: Sequence[tuple[str, Data]]) -> None:
         """Hand over the bytes of tensors of one block; they must not change any more."""
+        self._finishes.raise_error()
         size = sum(memoryview(data).nbytes for _, data in tensors)
-        with self._change:
-            while self._error is None and self._behind and self._behind + size > self._budget:
-                self._change.wait()
-            self._raise_error()
-            self._behind += size
-            self._blocks[block].append(self._pool.submit(self._put, tensors, size))
-
-    def _put(self, tensors: Sequence[tuple[str, Data]], size: int) -> None:
-        try:
-            self._writer.put_all(tensors)
-        except BaseException as error:
-            self._fail(error)
-            raise
-        finally:
-            with self._change:
-                self._behind -= size
-                self._change.notify_all()
+        written = self._puts.put(partial(self._writer.put_all, tensors), size)
+        with self._lock:
+            self._blocks[block].append(written)
 
     def finish(self, block: str, then: Callable[[Mapping[str, str], float], None]) -> None:
         """Make all that was put of `block` durable, then call `then` with its digests by tensor and the seconds.
 
         Returns at once, but not before the block finished last but one is done.
         """
-        with self._change:
-            self._raise_error()
-            futures = self._blocks.pop(block, [])
-        while len(self._finishing) > 1:
-            self._finishing.popleft().result()
-        self._finishing.append(self._finisher.submit(self._finish, block, futures, then))
+        self._puts.raise_error()
+        with self._lock:
+            written = self._blocks.pop(block, [])
+        self._finishes.put(partial(self._finish, block, written, then))
 
     def _finish(
-        self, block: str, futures: list[Future[None]], then: Callable[[Mapping[str, str], float], None]
+        self, block: str, written: list[Future[None]], then: Callable[[Mapping[str, str], float], None]
     ) -> None:
         begin = time.perf_counter()
-        try:
-            for future in futures:
-                future.result()
-            digests = self._writer.sync(block)
-            then(digests, time.perf_counter() - begin)
-            self._writer.finish_blocks([block])
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    def _fail(self, error: BaseException) -> None:
-        with self._change:
-            self._error = self._error or error
-            self._change.notify_all()
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        for future in written:
+            future.result()
+        digests = self._writer.sync(block)
+        then(digests, time.perf_counter() - begin)
+        self._writer.finish_blocks([block])
 
     def __enter__(self) -> BackgroundWriter:
+        self._both.enter_context(self._puts)
+        self._both.enter_context(self._finishes)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What is being finished gets finished even after an error, so that the journal has it.
-        self._finisher.shutdown(wait=True)
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        if error is None:
-            self._raise_error()
+        self._both.__exit__(kind, error, trace)
 
 
 def block_digest(digests: Mapping[str, str]) -> str:

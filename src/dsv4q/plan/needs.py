@@ -40,6 +40,8 @@ class Estimate:
     streams: int
     """Residual streams of all calibration tokens."""
     calibration_tokens: int
+    micro_batches: int
+    """That the calibration tokens make."""
 
     @property
     def streams_kept(self) -> str:
@@ -63,7 +65,7 @@ def estimate(specs: list[TensorSpec], shards: tuple[PlannedShard, ...], config: 
     largest = max(s.nbytes for s in specs)
     tokens = config.calibration.tokens if config.calibration and config.needs_data else 0
     streams = tokens * dims.hc_mult * dims.hidden * 2
-    batch, micro_batches = 0, 1
+    batch, micro_batches = 0, 0
     if tokens and config.calibration:
         micro_batches = -(-config.calibration.samples // config.calibration.micro_batch)
         rows = config.calibration.micro_batch * config.calibration.max_length
@@ -81,5 +83,5 @@ def estimate(specs: list[TensorSpec], shards: tuple[PlannedShard, ...], config: 
     host = RUNTIME_BYTES + block + held + batch + largest + ahead + behind
     return Estimate(
         host=host, read_ahead=ahead, gpu=gpu, gpu_ahead=gpu + ahead_on_gpu, disk=disk, streams=streams,
-        calibration_tokens=tokens,
+        calibration_tokens=tokens, micro_batches=micro_batches,
     )  # fmt: skip

@@ -6,7 +6,7 @@ No tensor is read and nothing is imported that takes seconds. The run executes t
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +21,6 @@ from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
 from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, class_name, source_tensors
 from dsv4q.plan.needs import Estimate, estimate
 from dsv4q.plan.targets import published_config, select
-from dsv4q.plan.work import Share
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme, stored_tensors
 
 QUANTIZATION_VERSION = "0.17.0"
@@ -239,45 +238,6 @@ def _artifact_config(source: dict[str, Any], config: Config, dims: Dims, group_o
         result["num_nextn_predict_layers"] = 0
     result["quantization_config"] = published_config(config.groups, group_of, dims, QUANTIZATION_VERSION)
     return result
-
-
-def rank_shares(plan: Plan, count: int) -> list[dict[str, Any]]:
-    """What each of `count` ranks reads, computes and writes, by rank."""
-    shares = [Share(rank, count) for rank in range(count)]
-    read, write, linears = Counter[int](), Counter[int](), Counter[int]()
-    for block in plan.blocks:
-        planned: dict[str, list[PlannedTensor]] = defaultdict(list)
-        for tensor in plan.block_tensors(block):
-            planned[tensor.spec.name].append(tensor)
-        used = plan.estimate.calibration_tokens > 0 and (block == "embed" or block.startswith("layers."))
-        others = 0
-        for number, spec in enumerate(s for s in plan.source_specs if s.block == block):
-            outputs = planned[spec.name]
-            encoded = any(t.encoded for t in outputs)
-            if encoded and spec.expert is None:
-                writer = others % count
-                others += 1
-            elif spec.expert is not None and (encoded or used):
-                writer = next(s.rank for s in shares if spec.expert in s.experts(plan.dims.experts))
-            else:
-                writer = number % count
-            linears[writer] += encoded
-            write[writer] += sum(t.nbytes for t in outputs)
-            everybody = (used or encoded) and spec.expert is None
-            for rank in range(count) if everybody else (writer,) if used or encoded or outputs else ():
-                read[rank] += plan.source_files.entries[spec.name][1]
-        copies = [t for t in plan.block_tensors(block) if not t.encoded and t.spec.block != block]
-        for number, copy in enumerate(copies):
-            write[number % count] += copy.nbytes
-            read[number % count] += plan.source_files.entries[copy.spec.name][1]
-    calibration = plan.config.calibration
-    samples = calibration.samples if calibration is not None and plan.estimate.calibration_tokens else 0
-    batches = -(-samples // calibration.micro_batch) if calibration is not None else 0
-    return [
-        {"rank": s.rank, "read_bytes": read[s.rank], "micro_batches": len(s.among(batches)),
-         "encoded_linears": linears[s.rank], "write_bytes": write[s.rank]}
-        for s in shares
-    ]  # fmt: skip
 
 
 def first_problem(problems: Sequence[Dsv4qError], see: str) -> Dsv4qError:

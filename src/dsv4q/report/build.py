@@ -6,16 +6,14 @@ nothing else in it does.
 
 from __future__ import annotations
 
-import re
-import resource
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.console import Console, human_bytes, human_seconds
 from dsv4q.formats.error import Errors
+from dsv4q.host import peak_memory
 from dsv4q.plan.plan import Plan
+from dsv4q.plan.work import RankWork
 
 if TYPE_CHECKING:
     from dsv4q.data.tokens import CalibrationData
@@ -31,14 +29,14 @@ def build_report(
     data: CalibrationData | None,
     *,
     seconds: float,
-    ranks: Sequence[Mapping[str, Any]],
+    peaks: Sequence[Mapping[str, int]],
 ) -> dict[str, Any]:
     """The report of a finished run.
 
     Args:
         done: journal records by block.
         seconds: wall time of this process' part; earlier parts count only in the blocks' own times.
-        ranks: what each rank read, computed and wrote, and its peak memory.
+        peaks: peak memory of each rank of this run.
     """
     blocks = [dict(done[block]) for block in plan.blocks if block in done]
     return {
@@ -52,7 +50,7 @@ def build_report(
         "blocks": blocks,
         "seconds": {"this_process": round(seconds, 3), "blocks": round(sum(_block_seconds(b) for b in blocks), 3)},
         "peak_memory": peak_memory(),
-        "ranks": [dict(rank) for rank in ranks],
+        "ranks": _ranks(blocks, peaks),
         "identity": dict(identity),
     }
 
@@ -62,6 +60,23 @@ def _calibration(plan: Plan, data: CalibrationData) -> dict[str, Any]:
     assert settings is not None
     return {**settings.model_dump(mode="json"), "tokens": data.tokens, "conversations": data.conversations_used,
             "digest": data.digest, "source": data.source}  # fmt: skip
+
+
+def _ranks(blocks: Sequence[Mapping[str, Any]], peaks: Sequence[Mapping[str, int]]) -> list[dict[str, Any]]:
+    """What each rank read, computed and wrote for the finished blocks, in whichever run that was; its peak memory.
+
+    A rank's micro-batches are the same in every block. What a resume computed once more is not counted.
+    """
+    count = max([len(peaks), *(len(block["ranks"]) for block in blocks)])
+    found = [RankWork(rank) for rank in range(count)]
+    for part in (part for block in blocks for part in block["ranks"]):
+        total = found[part["rank"]]
+        total.read_bytes += part["read_bytes"]
+        total.encoded_linears += part["encoded_linears"]
+        total.write_bytes += part["write_bytes"]
+        total.micro_batches = max(total.micro_batches, part["micro_batches"])
+    known = dict(enumerate(peaks))
+    return [one.as_dict() | {"peak_memory": dict(known.get(one.rank, {}))} for one in found]
 
 
 def _block_seconds(block: Mapping[str, Any]) -> float:
@@ -89,23 +104,6 @@ def _coverage(blocks: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for block, record in found.items()
     }
-
-
-def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process: resident host memory, and GPU memory if torch used one."""
-    peak = {"host": _peak_resident()}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        peak["gpu"] = int(torch.cuda.max_memory_allocated())
-    return peak
-
-
-def _peak_resident() -> int:
-    # Linux hands getrusage's number on through exec, so a child of a large process would report its parent's peak
-    status = Path("/proc/self/status")
-    if status.is_file() and (match := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
-        return int(match[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:

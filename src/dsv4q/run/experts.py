@@ -9,8 +9,10 @@ Shape letters: E experts, F moe_intermediate_size, D hidden_size, N tokens, K ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch.nn.functional import linear
 
 from dsv4q.formats.kernels import swiglu
 from dsv4q.layout import Dims, TensorSpec
+from dsv4q.model.upstream import experts_forward
 from dsv4q.run.ranks import Ranks
 
 PROJECTIONS = {"w1": ("gate_up", 0), "w3": ("gate_up", 1), "w2": ("down", 0)}
@@ -72,6 +75,40 @@ class ExpertMemory:
         return found
 
 
+class Routing(Protocol):
+    """What is seen of a block's routed experts while tokens go through it."""
+
+    counts: Tensor
+    """I64 [E] on the device, tokens that the router sent to each expert."""
+
+    def watching(self, mlp: torch.nn.Module) -> AbstractContextManager[None]:
+        """Context in which the tokens that go through the block's `mlp` are seen."""
+
+    def gather(self, ranks: Ranks) -> None:
+        """Take in what the other ranks saw."""
+
+
+@dataclass
+class CountedRouting:
+    """Counts alone; the experts compute as modules, under their observers' hooks."""
+
+    counts: Tensor
+
+    @contextmanager
+    def watching(self, mlp: torch.nn.Module) -> Iterator[None]:
+        hook = mlp.get_submodule("gate").register_forward_hook(self._count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _count(self, _module: torch.nn.Module, _args: object, output: tuple[Tensor, ...]) -> None:
+        self.counts.add_(torch.bincount(output[2].reshape(-1), minlength=len(self.counts)))
+
+    def gather(self, ranks: Ranks) -> None:
+        ranks.total(self.counts)
+
+
 @dataclass
 class BatchedExperts:
     """Forward of a block's routed experts, in place of `DeepseekV4Experts.forward` on separate linears.
@@ -100,6 +137,10 @@ class BatchedExperts:
         weight = self.memory.gate_up
         self.input_ends, self.hidden_ends = (_no_ends(len(weight), weight.device).to(weight.dtype) for _ in range(2))
         self.counts = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+
+    def watching(self, mlp: torch.nn.Module) -> AbstractContextManager[None]:
+        """Context in which the block's `mlp` computes its routed experts here."""
+        return experts_forward(mlp.get_submodule("experts"), self)
 
     def gather(self, ranks: Ranks) -> None:
         """Take in what the other ranks saw."""

@@ -6,21 +6,19 @@ What no forward pass and no encoder wants (embedding, head, MTP block) goes stra
 from __future__ import annotations
 
 import math
-import queue
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from dsv4q.checkpoint.pipes import loaded_ahead
+from dsv4q.checkpoint.pipes import Stopped, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import WeightError
 from dsv4q.layout import Role, TensorSpec
-from dsv4q.plan.work import Share
+from dsv4q.plan.work import TensorWork
 from dsv4q.run.experts import ExpertMemory
 from dsv4q.run.measure import tensor_bytes
 
@@ -29,41 +27,54 @@ READ_THREADS = 8
 
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 
-_POLL = 0.1
-"""Seconds between two looks at whether the run is to stop."""
-
 Put = Callable[[str, Sequence[tuple[str, memoryview]]], None]
 """Takes a block and tensors of it to be written as they are: output name and bytes."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """One tensor of the source and what is to be done with it."""
+class BlockTask:
+    """One block and what a rank is to do with it."""
 
-    spec: TensorSpec
-    to_device: bool
-    write_as: tuple[str, ...]
-    """Names under which its bytes go into the artifact as they are; empty if another rank sees to that."""
-    given: bool = False
-    """Another rank reads it and sends it."""
+    name: str
+    work: tuple[TensorWork, ...]
+    rank: int
+    encode: bool
+    """False: it is finished, and only computed once more for the residual streams behind it."""
+
+    def reads(self, work: TensorWork) -> bool:
+        """Whether this rank reads the tensor."""
+        return work.is_read_by(self.rank) and (self.encode or work.computed)
+
+    def keeps(self, work: TensorWork) -> tuple[str, ...]:
+        """Names under which this rank writes the tensor's bytes."""
+        return tuple(t.name for t in work.kept) if self.encode and work.rank == self.rank else ()
 
     @property
-    def is_read(self) -> bool:
-        return bool(self.write_as) or (self.to_device and not self.given)
+    def mine(self) -> frozenset[str]:
+        """Weights that this rank encodes."""
+        return frozenset(w.spec.name for w in self.work if w.encoded and w.rank == self.rank)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the tensors that are computed with, as BF16."""
+        return sum(work.spec.nbytes for work in self.work if work.computed)
 
 
 @dataclass
 class LoadedBlock:
     """The tensors of one block on the device."""
 
-    name: str
+    task: BlockTask
     tensors: dict[TensorSpec, torch.Tensor] = field(default_factory=dict)
     slot: ExpertMemory | None = None
     """Memory that the routed experts among `tensors` are views of."""
     ends: list[tuple[list[TensorSpec], torch.Tensor]] = field(default_factory=list)
     """Smallest and largest element [n, 2] of the floating-point tensors, NaN if one is NaN; on the device."""
     ready: torch.cuda.Event | None = None
-    nbytes: int = 0
+    read_bytes: int = 0
+    """Read from the source's files for it."""
+    written_bytes: int = 0
+    """Written as they are."""
 
     @property
     def experts(self) -> ExpertMemory | None:
@@ -112,7 +123,7 @@ class Loader:
     Args:
         budget: bytes on the host that may be read before they are wanted.
         memory: makes the memory for one block's routed experts; called once for each of `slots`.
-        slots: blocks on the device at once, 1 or 2; with 2 a thread loads one while the other is worked on.
+        slots: blocks on the device at once, 1 or 2; with 2 one is loaded while the other is worked on.
         put: takes what is to be written as it is.
     """
 
@@ -125,167 +136,98 @@ class Loader:
     where: Callable[[TensorSpec], str]
     advance: Callable[[str, int], None]
     """Called with a block and its bytes that are done with because no computation wants them."""
-    _free: queue.SimpleQueue[ExpertMemory | None] = field(default_factory=queue.SimpleQueue)
+    _free: list[ExpertMemory] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
-    def blocks(
-        self, wanted: Sequence[tuple[str, Sequence[Item]]], check_stop: Callable[[], None]
-    ) -> Iterator[Iterator[LoadedBlock]]:
-        """The wanted blocks, loaded; each must be given to `release` before the next but `slots - 1` comes.
+    def blocks(self, wanted: Sequence[BlockTask], check_stop: Callable[[], None]) -> Iterator[Iterator[LoadedBlock]]:
+        """The wanted blocks, loaded; each must be given to `release` before the next one is asked for.
 
         Raises (from the iterator):
             WeightError: NaN or Inf in a tensor that stays on the host.
             SourceError: the source cannot be read.
         """
-        for _ in range(self.slots):
-            self._free.put(None)
-        items = [item for _, part in wanted for item in part if item.is_read]
-        threads = READ_THREADS if self.device.type == "cuda" else 1
-        with loaded_ahead(items, self._read, lambda i: i.spec.nbytes, budget=self.budget, threads=threads) as read:
-            made = self._load(wanted, read)
-            if self.slots == 1:
-                yield made
-                return
-            ahead: queue.Queue[LoadedBlock | BaseException | None] = queue.Queue(maxsize=1)
-            thread = threading.Thread(target=partial(self._run, made, ahead), name="dsv4q-load")
-            thread.start()
+        reads = [work for task in wanted for work in task.work if task.reads(work)]
+        on_gpu = self.device.type == "cuda"
+        threads, stream = READ_THREADS if on_gpu else 1, torch.cuda.Stream(self.device) if on_gpu else None
+        with (
+            loaded_ahead(reads, self._read, lambda w: w.spec.nbytes, budget=self.budget, threads=threads) as read,
+            loaded_ahead(
+                wanted,
+                partial(self._load, read, stream),
+                lambda _: 1,
+                budget=self.slots,
+                threads=1,
+                check_stop=check_stop,
+            ) as loaded,
+        ):
             try:
-                yield self._taken(ahead, check_stop)
+                yield (block for _, block in loaded)
             finally:
                 self._stop.set()
-                thread.join()
 
     def release(self, block: LoadedBlock) -> None:
         """Say that no more work on `block` will be queued on the current stream of the device."""
         block.tensors.clear()
-        if block.slot is not None and self.device.type == "cuda":
-            block.slot.freed = torch.cuda.current_stream(self.device).record_event()
-        self._free.put(block.slot)
+        if block.slot is not None:
+            if self.device.type == "cuda":
+                block.slot.freed = torch.cuda.current_stream(self.device).record_event()
+            self._free.append(block.slot)
 
-    def _read(self, item: Item) -> torch.Tensor:
+    def _read(self, work: TensorWork) -> torch.Tensor:
         """One tensor on the host; for a GPU in pinned memory, from which copies run at full speed."""
-        spec = item.spec
-        if item.to_device and self.device.type == "cuda":
+        spec = work.spec
+        if work.computed and self.device.type == "cuda":
             tensor = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], pin_memory=True)
             self.source.read_into(spec.name, tensor.reshape(-1).view(torch.uint8).numpy().data)
             return tensor
         tensor = self.source.tensor(spec.name)
-        ends = torch.aminmax(tensor) if not item.to_device and tensor.is_floating_point() else ()
+        ends = torch.aminmax(tensor) if not work.computed and tensor.is_floating_point() else ()
         if not all(math.isfinite(float(end)) for end in ends):
             raise _not_finite(tensor, self.where(spec))
         return tensor
 
     def _load(
-        self, wanted: Sequence[tuple[str, Sequence[Item]]], read: Iterator[tuple[Item, torch.Tensor]]
-    ) -> Iterator[LoadedBlock]:
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        for name, items in wanted:
-            block = LoadedBlock(name, nbytes=sum(i.spec.nbytes for i in items))
-            memory = self._take_slot()
-            if self._stop.is_set():
-                return
-            with torch.cuda.stream(stream):
-                for item in items:
-                    tensor = None
-                    if item.is_read:
-                        found, tensor = next(read)
-                        assert found is item, f"{item.spec.name} is wanted, {found.spec.name} comes"
-                    memory = self._place(block, item, tensor, memory)
-                    if self._stop.is_set():
-                        return
-                block.slot = memory
-                if block.experts is not None:
-                    block.ends.extend(block.experts.ends([i.spec for i in items if i.to_device and not i.given]))
-                block.ready = stream.record_event() if stream is not None else None
-            yield block
-
-    def _take_slot(self) -> ExpertMemory | None:
-        while True:
-            try:
-                return self._free.get(timeout=_POLL)
-            except queue.Empty:
+        self, read: Iterator[tuple[TensorWork, torch.Tensor]], stream: torch.cuda.Stream | None, task: BlockTask
+    ) -> LoadedBlock:
+        block = LoadedBlock(task)
+        with torch.cuda.stream(stream):
+            for work in task.work:
                 if self._stop.is_set():
-                    return None
+                    raise Stopped
+                tensor = None
+                if task.reads(work):
+                    found, tensor = next(read)
+                    assert found is work, f"{work.spec.name} is wanted, {found.spec.name} comes"
+                    block.read_bytes += work.source_bytes
+                self._keep(block, work, tensor)
+                if work.computed:
+                    self._place(block, work.spec, tensor)
+                else:
+                    self.advance(task.name, work.spec.nbytes)
+            if block.experts is not None:
+                block.ends.extend(block.experts.ends([w.spec for w in task.work if w.computed and task.reads(w)]))
+            block.ready = stream.record_event() if stream is not None else None
+        return block
 
-    def _place(
-        self, block: LoadedBlock, item: Item, tensor: torch.Tensor | None, memory: ExpertMemory | None
-    ) -> ExpertMemory | None:
-        """One tensor to where it is wanted; returns the slot's memory, which the first expert brings into being."""
-        spec = item.spec
-        if item.write_as and tensor is not None:
-            self.put(block.name, [(name, tensor_bytes(tensor)) for name in item.write_as])
-        if not item.to_device:
-            self.advance(block.name, spec.nbytes)
-            return memory
+    def _keep(self, block: LoadedBlock, work: TensorWork, tensor: torch.Tensor | None) -> None:
+        """Have a tensor written as it is, if this rank does that."""
+        names = block.task.keeps(work)
+        if names and tensor is not None:
+            self.put(block.task.name, [(name, tensor_bytes(tensor)) for name in names])
+            block.written_bytes += len(names) * work.spec.nbytes
+
+    def _place(self, block: LoadedBlock, spec: TensorSpec, tensor: torch.Tensor | None) -> None:
+        """One tensor to where it is wanted on the device; the first expert takes a slot."""
         if spec.role == Role.ROUTED_EXPERT:
-            if memory is None:
-                memory = self.memory()
-            memory.wait_until_free()
-            there = memory.view(spec)
+            if block.slot is None:
+                block.slot = self._free.pop() if self._free else self.memory()
+                block.slot.wait_until_free()
+            there = block.slot.view(spec)
             block.tensors[spec] = there if tensor is None else there.copy_(tensor, non_blocking=True)
-            return memory
+            return
         assert tensor is not None
         there = tensor.to(self.device, non_blocking=True)
         block.tensors[spec] = there
         if there.is_floating_point():
             block.ends.append(([spec], torch.stack(torch.aminmax(there))[None]))
-        return memory
-
-    def _run(self, made: Iterator[LoadedBlock], ahead: queue.Queue[LoadedBlock | BaseException | None]) -> None:
-        last: BaseException | None = None
-        try:
-            for block in made:
-                self._hand_over(block, ahead)
-        except BaseException as error:  # raised again where the block is wanted
-            last = error
-        self._hand_over(last, ahead)
-
-    def _hand_over(
-        self, what: LoadedBlock | BaseException | None, ahead: queue.Queue[LoadedBlock | BaseException | None]
-    ) -> None:
-        while not self._stop.is_set():
-            try:
-                return ahead.put(what, timeout=_POLL)
-            except queue.Full:
-                continue
-
-    def _taken(
-        self, ahead: queue.Queue[LoadedBlock | BaseException | None], check_stop: Callable[[], None]
-    ) -> Iterator[LoadedBlock]:
-        while True:
-            check_stop()
-            try:
-                block = ahead.get(timeout=_POLL)
-            except queue.Empty:
-                continue
-            if block is None:
-                return
-            if isinstance(block, BaseException):
-                raise block
-            yield block
-
-
-def items_of(
-    specs: Sequence[TensorSpec],
-    kept: Mapping[TensorSpec, Sequence[str]],
-    on_device: Callable[[TensorSpec], bool],
-    share: Share,
-    experts: int,
-) -> dict[str, list[Item]]:
-    """What to do with each tensor, by block.
-
-    Args:
-        specs: tensors of the source in the order of the plan.
-        kept: names under which a tensor goes into the artifact as it is.
-        share: this rank's.
-        experts: routed experts of a block.
-    """
-    found: dict[str, list[Item]] = defaultdict(list)
-    mine = share.experts(experts)
-    for spec in specs:
-        items = found[spec.block]
-        used, given = on_device(spec), spec.expert is not None and spec.expert not in mine
-        writes = not given if used and spec.expert is not None else share.has(len(items))
-        items.append(Item(spec, used, tuple(kept.get(spec, ())) if writes else (), given))
-    return found

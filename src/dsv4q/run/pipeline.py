@@ -1,30 +1,72 @@
-"""One genuine llmcompressor `oneshot` over a model without memory, with our pipeline in it."""
+"""The calibration pipeline that holds one block at a time, run inside one genuine llmcompressor `oneshot`.
+
+llmcompressor's recipe, modifier, observers and lifecycle do the calibrating; what is ours is where the weights live,
+and that many are worked on at once. The way there and back: `run_oneshot` builds a model on the meta device, hangs a
+`BlockLoop` on it and calls `oneshot`, which ends up in `StreamingPipeline`, which takes the loop off the model and runs
+it. For each block: its tensors are read (`loader.py`), calibration tokens go through it, scales are found, its linears
+encoded (`block.py`) and written (`handover.py`), and back it goes to meta. The next block is on its way to the device
+meanwhile, and the one before to the disk.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
 
+from dsv4q.checkpoint.journal import Journal
+from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.writer import BackgroundWriter, block_digest
+from dsv4q.data.tokens import CalibrationData
 from dsv4q.errors import DeviceError
+from dsv4q.host import memory_now
 from dsv4q.model.upstream import quiet_libraries
 from dsv4q.plan.plan import Plan
+from dsv4q.plan.work import WorkTable
+from dsv4q.run.experts import ExpertMemory
+from dsv4q.run.loader import BlockTask, LoadedBlock, Loader
+from dsv4q.run.ranks import Ranks
+from dsv4q.run.residuals import ResidualStreams
+from dsv4q.run.stopwatch import Stopwatch
 
 with quiet_libraries():
     from llmcompressor import oneshot
-    from llmcompressor.core import reset_session
+    from llmcompressor.core import LifecycleCallbacks, reset_session
+    from llmcompressor.pipelines.registry import CalibrationPipeline
+    from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 
     from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, build_meta_model, rebuild_rotary
-    from dsv4q.run import observers  # noqa: F401 - registers them for recipes
-    from dsv4q.run.block import PIPELINE, BlockStream
+    from dsv4q.run.block import BlockWorker
+    from dsv4q.run.handover import Handover
+    from dsv4q.run.record import BlockRecord
+
+PIPELINE = "dsv4q_stream"
 
 
-def run_oneshot(plan: Plan, folder: Path, make_stream: Callable[[DeepseekV4ForCausalLMWithMTP], BlockStream]) -> None:
-    """Build the meta model, hand it to `oneshot` with the plan's recipe, and let `make_stream`'s stream run.
+@CalibrationPipeline.register(PIPELINE)
+class StreamingPipeline(CalibrationPipeline):
+    """Registered with llmcompressor; `oneshot(pipeline="dsv4q_stream")` ends up here."""
+
+    @staticmethod
+    def __call__(model: torch.nn.Module, dataloader: object, dataset_args: object) -> None:
+        """Run the `BlockLoop` that was attached to the model; it has its own batches."""
+        loop = cast("BlockLoop", model.block_loop)
+        LifecycleCallbacks.calibration_start()
+        with calibration_forward_context(model), DisableQuantization(model):
+            loop.run()
+        LifecycleCallbacks.calibration_end()
+
+
+def run_oneshot(plan: Plan, folder: Path, make_loop: Callable[[DeepseekV4ForCausalLMWithMTP], BlockLoop]) -> None:
+    """Build the meta model, hand it to `oneshot` with the plan's recipe, and let `make_loop`'s loop run.
 
     Args:
         folder: work folder; the model's config.json goes there, for `oneshot` reads it again from disk and refuses
@@ -39,9 +81,9 @@ def run_oneshot(plan: Plan, folder: Path, make_stream: Callable[[DeepseekV4ForCa
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with quiet_libraries():
         model = build_meta_model(settings, str(home))
-        stream = make_stream(model)
-        rebuild_rotary(model, stream.device)
-        model.block_stream = stream
+        loop = make_loop(model)
+        rebuild_rotary(model, loop.device)
+        model.block_loop = loop
         try:
             oneshot(
                 model=model,
@@ -53,7 +95,7 @@ def run_oneshot(plan: Plan, folder: Path, make_stream: Callable[[DeepseekV4ForCa
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 "The GPU ran out of memory",
-                where=f"--device {stream.device}",
+                where=f"--device {loop.device}",
                 expected=f"about {plan.estimate.gpu:,} bytes free",
                 found=str(error).splitlines()[0],
                 hint="free the GPU of other work, or lower calibration.micro_batch and use --no-resume; finished "
@@ -61,5 +103,139 @@ def run_oneshot(plan: Plan, folder: Path, make_stream: Callable[[DeepseekV4ForCa
             ) from error
         finally:
             reset_session()
-    if stream.device.type == "cuda":
+    if loop.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@dataclass
+class BlockLoop:
+    """One run over the blocks of a plan, and all that it needs."""
+
+    model: DeepseekV4ForCausalLMWithMTP
+    plan: Plan
+    source: Checkpoint
+    writer: BackgroundWriter
+    journal: Journal
+    data: CalibrationData | None
+    device: torch.device
+    advance: Callable[[str, int], None]
+    """Called with the block's name and the number of source bytes done with."""
+    check_stop: Callable[[], None]
+    """Called where the run may be stopped; raises KeyboardInterrupt if it shall be."""
+    ranks: Ranks = field(default_factory=Ranks)
+    _work: WorkTable = field(init=False)
+    _streams: ResidualStreams = field(init=False)
+    _begin: float = field(default_factory=time.monotonic, init=False)
+
+    def __post_init__(self) -> None:
+        share = self.ranks.share
+        self._work = WorkTable(self.plan, share.count)
+        shapes = [(*ids.shape, self.plan.dims.hc_mult, self.plan.dims.hidden) for ids in self._batches]
+        self._streams = ResidualStreams(self.journal.folder, self.device, shapes, share.among(len(shapes)))
+
+    def run(self) -> None:
+        """Every block that the journal does not know as done.
+
+        Raises:
+            WeightError: NaN or Inf in a source tensor.
+            CalibrationError: non-finite residual streams, a scale that is not positive and finite.
+            RankError: another rank is gone, or observers need to see all batches in order.
+        """
+        tasks = [*self._again(), *self._todo()]
+        with Handover(self.writer, self.device) as handover:
+            worker = self._worker(handover, frozenset(task.name for task in tasks if task.encode))
+            loader = self._loader(worker)
+            with loader.blocks(tasks, self.check_stop) as blocks:
+                for task in tasks:
+                    watch = Stopwatch(self.device)
+                    block = self._next(blocks, task, watch)
+                    record = worker.process(block, watch)
+                    loader.release(block)
+                    if task.encode:
+                        self._finish(task.name, record, watch, handover)
+
+    # ---------------------------------------------------------------------------------------------- what is to be done
+
+    def _todo(self) -> list[BlockTask]:
+        """Blocks of which the artifact lacks something."""
+        blocks = [b for b in self.plan.blocks if b not in self.journal.done and self.plan.block_tensors(b)]
+        return [self._task(block, encode=True) for block in blocks]
+
+    def _again(self) -> list[BlockTask]:
+        """Finished blocks that must be computed once more, for the residual streams behind them were not saved."""
+        forward = [block for block in self.plan.blocks if self._work.is_forward(block)]
+        finished = [block for block in forward if block in self.journal.done]
+        if self.ranks.is_leader:
+            self._streams.forget_but(finished)
+        self.ranks.wait_for_all()
+        if len(finished) == len(forward) or not finished:
+            return []
+        saved = self._streams.restore(finished)
+        missing = finished[finished.index(saved) + 1 :] if saved else finished
+        return [self._task(block, encode=False) for block in missing]
+
+    def _task(self, block: str, *, encode: bool) -> BlockTask:
+        return BlockTask(block, self._work.blocks[block], self.ranks.share.rank, encode)
+
+    # ------------------------------------------------------------------------------------------------ who works on it
+
+    @property
+    def _batches(self) -> tuple[torch.Tensor, ...]:
+        return () if self.data is None else self.data.batches
+
+    def _worker(self, handover: Handover, to_encode: frozenset[str]) -> BlockWorker:
+        return BlockWorker(
+            self.model, self.plan, self._work, self.source, self._batches, self._streams, self.device, self.ranks,
+            handover, to_encode, self.advance, self.check_stop,
+        )  # fmt: skip
+
+    def _loader(self, worker: BlockWorker) -> Loader:
+        return Loader(
+            self.source,
+            self.device,
+            budget=self.plan.estimate.read_ahead,
+            memory=partial(ExpertMemory.of, self.plan.dims, self.device),
+            slots=self._slots(),
+            put=self.writer.put,
+            where=worker.where,
+            advance=self.advance,
+        )
+
+    def _slots(self) -> int:
+        """Blocks on the device at once: two if a GPU has room for them."""
+        if self.device.type != "cuda":
+            return 1
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return 2 if free > self.plan.estimate.gpu_ahead else 1
+
+    def _next(self, blocks: Iterator[LoadedBlock], task: BlockTask, watch: Stopwatch) -> LoadedBlock:
+        with watch.stage("read"):
+            block = next(blocks)
+            assert block.task is task, f"{task.name} is wanted, {block.task.name} comes"
+            block.wait()
+        return block
+
+    # ----------------------------------------------------------------------------------------------- a block is done
+
+    def _finish(self, block: str, record: BlockRecord, watch: Stopwatch, handover: Handover) -> None:
+        """Have the block made durable and written into the journal, behind the computation."""
+        wanted = self._work.is_forward(block) and self.ranks.from_leader(self._streams.should_be_saved)
+        save = self._streams.to_save() if wanted else None
+
+        def on_disk(digests: Mapping[str, str], seconds: float) -> None:
+            """Runs in the writer's thread while other blocks compute; the journal's line comes last."""
+            if save is not None:
+                save()
+            spent = {**watch.seconds(), "sync": seconds, "done_at": time.monotonic() - self._begin}
+            parts = self.ranks.gathered((record, dict(digests), spent), behind=True)
+            if not self.ranks.is_leader:
+                return
+            line = BlockRecord.merged([part for part, _, _ in parts])
+            line["seconds"] = {name: round(value, 4) for name, value in spent.items()}
+            line["memory"] = memory_now(self.device)
+            line["digest"] = block_digest({name: d for _, part, _ in parts for name, d in part.items()})
+            self.journal.finish_block(block, line)
+            if save is not None:
+                self._streams.drop_before(block, self.plan.blocks)
+
+        handover.then(lambda: self.writer.finish(block, on_disk))

@@ -10,13 +10,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
+from dsv4q.checkpoint.pipes import Behind, loaded_ahead
 from dsv4q.plan.needs import STREAMS_IN_MEMORY, STREAMS_ON_GPU
 from dsv4q.run.measure import tensor_bytes
 
@@ -87,30 +89,26 @@ class ResidualStreams:
     def _through_disk(self, block: str, compute: Callable[[int, torch.Tensor | None], torch.Tensor]) -> None:
         """As `through`: one micro-batch is read ahead and one written behind."""
         path = self._file(block)
-        with ThreadPoolExecutor(2, thread_name_prefix="dsv4q-spill") as pool, _opened(path, write=True) as out:
-            before = None if self.block is None else self._file(self.block)
-            written: list[Future[None]] = []
-            for number, streams in zip(self.mine, self._read_ahead(before, pool), strict=True):
+        with (
+            _opened(path, write=True) as out,
+            self._stored() as stored,
+            loaded_ahead(self.mine, stored, lambda _: 1, budget=2, threads=1) as before,
+            Behind(1, 2) as behind,
+        ):
+            for number, streams in before:
                 made = compute(number, None if streams is None else streams.to(self.device))
-                while len(written) > 1:
-                    written.pop(0).result()
-                written.append(pool.submit(self._write, out, number, made, path))
+                behind.put(partial(self._write, out, number, made, path))
                 del streams, made
-            for future in written:
-                future.result()
 
-    def _read_ahead(self, path: Path | None, pool: ThreadPoolExecutor) -> Iterator[torch.Tensor | None]:
-        if path is None:
-            yield from (None for _ in self.mine)
+    @contextmanager
+    def _stored(self) -> Iterator[Callable[[int], torch.Tensor | None]]:
+        """How to read the streams of one micro-batch before the next block; nothing is there before `embed`."""
+        if self.block is None:
+            yield lambda _: None
             return
+        path = self._file(self.block)
         with _opened(path) as file:
-            waiting = [pool.submit(self._read, file, number, path) for number in self.mine[:1]]
-            for following in (*self.mine[1:], None):
-                if waiting:
-                    streams = waiting.pop().result()
-                    if following is not None:
-                        waiting.append(pool.submit(self._read, file, following, path))
-                    yield streams
+            yield lambda number: self._read(file, number, path)
 
     def _read(self, file: int, number: int, path: Path) -> torch.Tensor:
         tensor = torch.empty(self.shapes[number], dtype=torch.bfloat16, pin_memory=self.device.type == "cuda")

@@ -1,4 +1,4 @@
-"""Scales and encoded form of a block's routed experts, stack by stack instead of module by module.
+"""Routed experts of a block as stacks: their scales and encoded form, all at once instead of module by module.
 
 For the schemes and observers that the stacks know; every other goes through its modules (`modules.py`), and both give
 the same bits.
@@ -9,7 +9,7 @@ N columns, G = N / 16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,41 +17,30 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.observers.min_max import MemorylessMinMaxObserver, StaticMinMaxObserver
 from torch import Tensor
 
-from dsv4q.config import Activations
 from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, NVFP4_GROUP
 from dsv4q.formats.exact import nvfp4_scales
 from dsv4q.formats.kernels import nvfp4_encode_measured
 from dsv4q.layout import Role
 from dsv4q.model.upstream import scheme_of
-from dsv4q.run.experts import PROJECTIONS, BatchedExperts, ExpertMemory
-from dsv4q.run.modules import BATCH_ELEMENTS, Member, State, not_finite_input, settled_scales
+from dsv4q.run.experts import PROJECTIONS, BatchedExperts
+from dsv4q.run.linears import BATCH_ELEMENTS, EncodedLinears, InputScales, PlannedLinear, check_inputs
 from dsv4q.run.observers import ExactNvfp4Observer
 
 WEIGHT_OBSERVERS = (ExactNvfp4Observer, MemorylessMinMaxObserver)
 
 
 @dataclass(frozen=True)
-class StackPart:
-    """Encoded experts: their members, their stored tensors by suffix [T, ...], and what storing them did."""
-
-    members: tuple[Member, ...]
-    stored: State
-    sums: Tensor
-    """F64 [T, 4], see `encode.error_sums`."""
-
-
-@dataclass(frozen=True)
 class StackLayout:
     """Which linears of a block make its stacks."""
 
-    members: dict[str, list[Member]]
+    linears: dict[str, list[PlannedLinear]]
     """`gate_up`: w1 and w3 of expert 0, of expert 1, and so on; `down`: w2."""
 
     @classmethod
-    def of(cls, members: Sequence[Member]) -> StackLayout | None:
-        """The routed experts among the members of a block, or None if modules have to do."""
-        routed = [m for m in members if m.spec.role == Role.ROUTED_EXPERT]
-        places = {(*PROJECTIONS[m.projection], m.spec.expert): m for m in routed}
+    def of(cls, linears: Sequence[PlannedLinear]) -> StackLayout | None:
+        """The routed experts among the linears of a block, or None if modules have to do."""
+        routed = [linear for linear in linears if linear.spec.role == Role.ROUTED_EXPERT]
+        places = {(*PROJECTIONS[linear.projection], linear.spec.expert): linear for linear in routed}
         experts = len(routed) // 3
         wanted = {
             "gate_up": [("gate_up", place, e) for e in range(experts) for place in (0, 1)],
@@ -60,82 +49,72 @@ class StackLayout:
         if not routed or {place for part in wanted.values() for place in part} != set(places):
             return None
         found = cls({name: [places[place] for place in part] for name, part in wanted.items()})
-        uniform = all(_kind(m) == _kind(part[0]) for part in found.members.values() for m in part)
-        return found if uniform and all(_is_known(m) for m in routed) else None
+        uniform = all(_kind(linear) == _kind(part[0]) for part in found.linears.values() for linear in part)
+        return found if uniform and all(_is_known(linear) for linear in routed) else None
 
 
 @dataclass
-class ExpertStack:
-    """All routed experts of one block."""
+class StackedLinears:
+    """All routed experts of one block.
+
+    Args:
+        experts: their weights, and what the forward saw of their inputs.
+    """
 
     layout: StackLayout
-    memory: ExpertMemory
-    input_scales: dict[str, Tensor] = field(default_factory=dict)
+    experts: BatchedExperts
+    _input_scales: dict[str, Tensor] = field(default_factory=dict)
     """Projection -> F32 [E, 1], where the scheme stores them."""
 
-    @property
-    def members(self) -> dict[str, list[Member]]:
-        return self.layout.members
+    # --------------------------------------------------------------------------------------------------- the scales
 
-    @property
-    def stores_input_scales(self) -> bool:
-        return all("input_global_scale" in part[0].module._parameters for part in self.members.values())
-
-    def observed_input_scales(self, seen: BatchedExperts, block: str, activations: Activations) -> list[int]:
-        """Take the input scales from what a forward observed; returns the experts that saw no token.
-
-        Raises:
-            CalibrationError: a non-finite input; no token reached any expert.
-        """
-        unseen: set[int] = set()
-        reached = seen.seen
-        for projection, ends in (("w1", seen.input_ends), ("w3", seen.input_ends), ("w2", seen.hidden_ends)):
-            self._check_observed(projection, ends, reached)
-            scales = _observed_scale(ends, reached)
-            self.input_scales[projection], without = settled_scales(
-                scales, f"{block}, projection {projection}", activations
-            )
-            unseen.update(without)
-        return sorted(unseen)
-
-    def _check_observed(self, projection: str, ends: Tensor, seen: Tensor) -> None:
-        """Refuse non-finite input statistics: compressed-tensors would turn them into a global scale of 1.0."""
-        bad = seen & ~torch.isfinite(ends).all(dim=1)
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0])
-            stack, _ = PROJECTIONS[projection]
-            member = next(m for m in self.members[stack] if (m.projection, m.spec.expert) == (projection, at))
-            raise not_finite_input(member, ends[at].tolist())
-
-    def bound_input_scales(self, bounds: Mapping[str, float]) -> None:
-        """Set the input scales from the largest magnitude that each projection's input can have."""
-        device = self.memory.gate_up.device
+    def settle(self, inputs: InputScales) -> None:
+        """See `Linears.settle`. The scales of the weights are found when they are encoded."""
+        linears = self.layout.linears
+        if not all("input_global_scale" in part[0].module._parameters for part in linears.values()):
+            return
+        count, device = len(self.experts.counts), self.experts.counts.device
         for projection in PROJECTIONS:
-            scale = torch.full((len(self.memory.gate_up), 1), E4M3_MAX * E2M1_MAX / bounds[projection], device=device)
-            self.input_scales[projection] = scale
+            if inputs.are_bounds:
+                scales = torch.full((count, 1), E4M3_MAX * E2M1_MAX / inputs.bounds[projection], device=device)
+            else:
+                scales, without = inputs.settled(projection, self._observed(projection))
+                inputs.unseen.update(without)
+            self._input_scales[projection] = scales
+            inputs.amax[projection] = E4M3_MAX * E2M1_MAX / float(scales.min())
 
-    def input_amax(self) -> dict[str, float]:
-        """Largest magnitude that each projection's input scale represents, over all experts."""
-        return {name: E4M3_MAX * E2M1_MAX / float(scale.min()) for name, scale in self.input_scales.items()}
+    def _observed(self, projection: str) -> Tensor:
+        """F32 [E, 1] of what the forward saw: NaN where no token came."""
+        ends = self.experts.hidden_ends if projection == "w2" else self.experts.input_ends
+        stack, _ = PROJECTIONS[projection]
+        linears = [linear for linear in self.layout.linears[stack] if linear.projection == projection]
+        seen = self.experts.seen
+        check_inputs(linears, ends, seen)
+        return _observed_scale(ends, seen)
 
-    def parts(self, experts: range) -> Iterator[StackPart]:
-        """Encode these experts, some at a time."""
-        for name, members in self.members.items():
-            stack: Tensor = getattr(self.memory, name)
+    # ----------------------------------------------------------------------------------------------------- encoding
+
+    def encoded(self, mine: Collection[str]) -> Iterator[EncodedLinears]:
+        """See `Linears.encoded`; a rank has a run of experts."""
+        for name, linears in self.layout.linears.items():
+            stack: Tensor = getattr(self.experts.memory, name)
             shared, elements = stack.shape[1], stack[0].numel()
+            owned = [n // shared for n, linear in enumerate(linears) if linear.spec.name in mine]
+            if not owned:
+                continue
             step = max(1, BATCH_ELEMENTS[stack.device.type] // elements)
-            for start in range(experts.start, experts.stop, step):
-                end = min(start + step, experts.stop)
-                chosen = tuple(members[start * shared : end * shared])
+            for start in range(owned[0], owned[-1] + 1, step):
+                end = min(start + step, owned[-1] + 1)
+                chosen = tuple(linears[start * shared : end * shared])
                 yield self._encode(stack[start:end], chosen, slice(start, end))
 
-    def _encode(self, weight: Tensor, members: tuple[Member, ...], experts: slice) -> StackPart:
-        exact = isinstance(members[0].module.weight_observer, ExactNvfp4Observer)
+    def _encode(self, weight: Tensor, linears: tuple[PlannedLinear, ...], experts: slice) -> EncodedLinears:
+        exact = linears[0].is_exact
         if exact:
             found = nvfp4_scales(weight)
             block_scale, global_scale = found.block_scale, found.global_scale
         else:
-            block_scale, global_scale = _minmax_scales(weight, members[0])
+            block_scale, global_scale = _minmax_scales(weight, linears[0])
         block_scale = block_scale.flatten(0, 1)
         global_scale = global_scale.expand(-1, weight.shape[1]).reshape(-1)
         packed, sums = nvfp4_encode_measured(weight.flatten(0, 1), block_scale, global_scale, keep_negative_zero=exact)
@@ -144,28 +123,28 @@ class ExpertStack:
             "weight_scale": block_scale.to(torch.float8_e4m3fn),
             "weight_global_scale": global_scale.reshape(-1, 1),
         }
-        if self.input_scales:
-            projections = [m.projection for m in members[: weight.shape[1]]]
-            scales = [self.input_scales[projection][experts] for projection in projections]
+        if self._input_scales:
+            projections = [linear.projection for linear in linears[: weight.shape[1]]]
+            scales = [self._input_scales[projection][experts] for projection in projections]
             stored["input_global_scale"] = torch.stack(scales, dim=1).reshape(-1, 1)
-        return StackPart(members, stored, sums)
+        return EncodedLinears(linears, stored, sums)
 
 
-def _is_known(member: Member) -> bool:
-    """Whether scales and bytes of a member can be found without its modules' observers."""
-    modules = member.module._modules
+def _is_known(linear: PlannedLinear) -> bool:
+    """Whether scales and bytes of a linear can be found without its module's observers."""
+    modules = linear.module._modules
     inputs = modules.get("input_observer")
     return (
-        member.is_nvfp4
+        linear.is_nvfp4
         and type(modules.get("weight_observer")) in WEIGHT_OBSERVERS
         and modules.get("output_observer") is None
         and (inputs is None or type(inputs) is StaticMinMaxObserver)
     )
 
 
-def _kind(member: Member) -> tuple[object, ...]:
-    scheme = scheme_of(member.module)
-    modules = member.module._modules
+def _kind(linear: PlannedLinear) -> tuple[object, ...]:
+    scheme = scheme_of(linear.module)
+    modules = linear.module._modules
     return scheme.weights, scheme.input_activations, type(modules["weight_observer"]), "input_observer" in modules
 
 
@@ -182,10 +161,10 @@ def _global_scale(amax: Tensor) -> Tensor:
     return torch.nan_to_num(found, nan=1.0, posinf=1.0, neginf=1.0).to(torch.float32)
 
 
-def _minmax_scales(weight: Tensor, member: Member) -> tuple[Tensor, Tensor]:
+def _minmax_scales(weight: Tensor, linear: PlannedLinear) -> tuple[Tensor, Tensor]:
     """Block scales F32 [T, P, M, G] and global scales F32 [T, 1] of llmcompressor's `memoryless_minmax`."""
     low, high = torch.aminmax(torch.unflatten(weight, -1, (-1, NVFP4_GROUP)), dim=-1)
     amax = torch.maximum(-low.amin(dim=(1, 2, 3)), high.amax(dim=(1, 2, 3)))
     global_scale = _global_scale(amax).reshape(-1, 1)
-    scale, _ = calculate_qparams(low, high, scheme_of(member.module).weights, global_scale.reshape(-1, 1, 1, 1))
+    scale, _ = calculate_qparams(low, high, scheme_of(linear.module).weights, global_scale.reshape(-1, 1, 1, 1))
     return scale.to(torch.float32), global_scale

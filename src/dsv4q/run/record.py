@@ -1,0 +1,63 @@
+"""What is learnt of one block while it is worked on; of several ranks put together, it is the journal's line."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from dsv4q.formats.error import Errors
+from dsv4q.plan.work import RankWork
+from dsv4q.run.linears import GLOBAL_SCALES, EncodedLinears, check_scales
+from dsv4q.run.measure import add_errors
+
+
+@dataclass
+class BlockRecord:
+    """Of one rank; tensors of the block may still be on their way."""
+
+    done: RankWork
+    """What this rank did for the block."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The same on every rank: tokens per expert, input scales."""
+    errors: defaultdict[str, Errors] = field(default_factory=partial(defaultdict, Errors))
+    """Role -> error of its linears."""
+    scales: defaultdict[str, list[float]] = field(default_factory=partial(defaultdict, list))
+    """`projection.suffix` -> global scales."""
+
+    def note(self, encoded: EncodedLinears, stored: Mapping[str, torch.Tensor], sums: torch.Tensor) -> None:
+        """Remember linears whose stored tensors and error sums are on the host now.
+
+        Raises:
+            CalibrationError: a scale that no consumer can use.
+        """
+        linears = encoded.linears
+        check_scales(linears, stored)
+        for suffix in (name for name in GLOBAL_SCALES if name in stored):
+            for linear, value in zip(linears, stored[suffix].flatten().tolist(), strict=True):
+                self.scales[f"{linear.projection}.{suffix}"].append(value)
+        add_errors(self.errors[linears[0].spec.role], [linear.spec.name for linear in linears], sums)
+        self.done.encoded_linears += len(linears)
+        self.done.write_bytes += sum(tensor.nbytes for linear in linears for tensor in linear.planned)
+
+    @classmethod
+    def merged(cls, parts: Sequence[BlockRecord]) -> dict[str, Any]:
+        """What all ranks learnt of one block, for the journal."""
+        errors: defaultdict[str, Errors] = defaultdict(Errors)
+        scales: defaultdict[str, list[float]] = defaultdict(list)
+        for part in parts:
+            for role, found in part.errors.items():
+                errors[role].merge(found)
+                errors[role].each.update(found.each)
+            for name, values in part.scales.items():
+                scales[name].extend(values)
+        encoded = {
+            "errors": {role: found.as_dict() for role, found in errors.items()},
+            "tensors": {name: e.as_dict() for found in errors.values() for name, e in found.each.items()},
+            "scales": {name: {"min": min(values), "max": max(values)} for name, values in scales.items()},
+        }
+        return {**parts[0].facts, **(encoded if errors else {}), "ranks": [part.done.as_dict() for part in parts]}

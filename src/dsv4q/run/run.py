@@ -1,0 +1,161 @@
+"""One run with all it works with, on this machine: every block that the journal does not know as done.
+
+`quantize` makes a `Run` of a job; a rehearsal or a benchmark makes one of parts of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4q import __version__
+from dsv4q.checkpoint.journal import Journal
+from dsv4q.checkpoint.shards import ShardPlan
+from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter
+from dsv4q.console import Console, Progress
+from dsv4q.errors import DeviceError
+from dsv4q.host import peak_memory, stoppable, usable_device
+from dsv4q.plan.plan import Plan
+from dsv4q.plan.work import WorkTable
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsv4q.data.tokens import CalibrationData
+    from dsv4q.run.ranks import Ranks
+
+TESTED = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors")
+"""Libraries whose version may change a bit of the artifact; a resume wants the same ones."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run_blocks` works with."""
+
+    out: Path
+    plan: Plan
+    source: Checkpoint
+    data: CalibrationData | None
+    device: torch.device
+    ranks: Ranks
+    """Of one or several, this process."""
+    make_writer: Callable[[Path, ShardPlan], ShardWriter] = ShardWriter
+    begin: float = field(default_factory=time.time)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the artifact."""
+        import torch
+
+        return {
+            "config": self.plan.config.canonical(),
+            "source": self.source.fingerprint(),
+            "data": None if self.data is None else {"digest": self.data.digest, "tokens": self.data.tokens},
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+
+
+def run_blocks(run: Run, journal: Journal, console: Console) -> list[dict[str, int]]:
+    """Have every block done; returns the peak memory of each rank, on the first of them.
+
+    Raises:
+        Dsv4qError: a named reason; finished blocks are kept.
+    """
+    writer = run.make_writer(run.out, run.plan)
+    writer.names_shards = run.ranks.is_leader
+    if all(block in journal.done for block in run.plan.blocks if run.plan.block_tensors(block)):
+        writer.finish_blocks(run.plan.blocks)
+    else:
+        writer.finish_blocks(journal.done)
+        try:
+            _run_blocks(run, journal, writer, console)
+        finally:
+            writer.close()
+    return run.ranks.gathered(peak_memory())
+
+
+def _run_blocks(run: Run, journal: Journal, writer: ShardWriter, console: Console) -> None:
+    """`oneshot` on a model without memory, with our pipeline; it reads, calibrates, encodes and writes."""
+    from dsv4q.run.pipeline import BlockLoop, run_oneshot
+
+    work = WorkTable(run.plan).blocks
+    nbytes = {block: sum(w.spec.nbytes for w in work[block]) for block in work if run.plan.block_tensors(block)}
+    with (
+        stoppable() as check_stop,
+        BackgroundWriter(writer) as behind,
+        console.progress("quantizing", sum(nbytes.values())) as progress,
+    ):
+        progress.skip(sum(nbytes.get(block, 0) for block in journal.done))
+        advance = _advance(progress)
+        run_oneshot(
+            run.plan,
+            journal.folder,
+            lambda model: BlockLoop(
+                model, run.plan, run.source, behind, journal, run.data, run.device, advance, check_stop, run.ranks
+            ),
+        )
+
+
+def _advance(progress: Progress) -> Callable[[str, int], None]:
+    def advance(block: str, nbytes: int) -> None:
+        if block != progress.description:
+            progress.describe(block)
+            _return_freed_memory()
+        progress.advance(nbytes)
+
+    return advance
+
+
+def _return_freed_memory() -> None:
+    """Have the heap give freed memory back to the system, where it is glibc's.
+
+    It keeps what a block freed, in pieces that the next block does not quite fit, and so grows from block to block.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def run_device(name: str, plan: Plan) -> torch.device:
+    """The device called `name`, if it has the memory that the plan wants.
+
+    Raises:
+        DeviceError: no such device, or it is too small.
+    """
+    device = usable_device(name)
+    if device.type == "cuda":
+        import torch
+
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and events are those of the current device
+        free, total = torch.cuda.mem_get_info(device)
+        if total < plan.estimate.gpu:
+            raise DeviceError(
+                "The GPU has too little memory",
+                where=f"--device {name}",
+                expected=f"{plan.estimate.gpu:,} bytes",
+                found=f"{total:,} bytes, {free:,} of them free",
+                hint="a smaller calibration.micro_batch needs less; --device cpu needs none",
+            )
+    return device
+
+
+def same_threads(before: Mapping[str, Any] | None) -> None:
+    """Work with the thread count of the run whose identity this is: another one can change the last bit of a scale."""
+    import torch
+
+    threads = (before or {}).get("threads")
+    if isinstance(threads, int):
+        torch.set_num_threads(threads)
+
+
+def versions() -> dict[str, str]:
+    """Versions of dsv4q and of the libraries that its bytes depend on."""
+    return {"dsv4q": __version__} | {name: metadata.version(name) for name in TESTED}
