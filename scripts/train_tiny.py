@@ -6,7 +6,8 @@
 Makes the corpus (corpus.py), a tokenizer, the model (train_tiny_model.py); trains it, in the last part with rounded
 weights (train_tiny_rounding.py); writes, reads again and judges it (train_tiny_finish.py). The schedule goes by steps
 or by minutes, whichever is further, so it ends properly when the time is over; Ctrl-C ends it with what is there.
-OUT must be new or empty, and is complete once it is there.
+OUT must be new or empty. All that the end needs is looked for before the training; the files are made in a folder
+beside OUT, which takes its place when it is whole, so OUT is complete once it is there.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -29,10 +28,23 @@ from torch import Tensor, nn
 
 import corpus
 from dsv4q.data.tokens import encode_chat
+from dsv4q.errors import Dsv4qError
+from dsv4q.host import usable_device
 from dsv4q.layout import CSA, HCA, SLIDING, source_tensors
 from dsv4q.made_up.toy import ToyConfig, train_tokenizer
 from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
-from train_tiny_finish import Training, figures_json, judge, model_card, write_native, write_texts
+from train_tiny_finish import (
+    Training,
+    built_beside,
+    check_held_out,
+    figures_json,
+    judge,
+    model_card,
+    read_license,
+    text_files,
+    write_native,
+    write_texts,
+)
 from train_tiny_model import DRAFT_WEIGHT, Losses, Watch, build, csa_layers, inputs_for, run, set_rounding
 
 FULL = ToyConfig(
@@ -304,15 +316,32 @@ class Trainer:
 
 def main() -> None:
     options = parse()
-    device = torch.device(options.device)
+    try:
+        device, license_text = usable_device(options.device), read_license()
+        with built_beside(options.out) as folder:
+            figures = make(options, device, license_text, folder)
+    except Dsv4qError as error:
+        sys.exit(f"error: {error.text()}")
+    if figures:
+        print(figures)
+        print(f"{options.out}: {sum(f.stat().st_size for f in options.out.rglob('*') if f.is_file()) / 1e6:.2f} MB")
+
+
+def make(options: argparse.Namespace, device: torch.device, license_text: str, folder: Path) -> str:
+    """The checkpoint, or its texts alone, in an empty folder; its figures as JSON, nothing if there is no model.
+
+    Raises:
+        DataError: the corpus is too small for what the finished files are judged on; said before the training.
+        SystemExit: the training failed.
+    """
     torch.manual_seed(options.seed)
     toy = WIDTHS[options.width]
     training, held_out, tokenizer = make_texts(options, toy)
-    partial = options.out.with_name(options.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    files = text_files(tokenizer, training, held_out, license_text)
     if options.data_only:
-        write_texts(options.out, tokenizer, training, held_out)
-        return
+        write_texts(files, folder)
+        return ""
+    check_held_out(files, options.samples, options.length, toy.vocab_size)
     texts = tuple(text_of(tokenizer, part, options.length + 2, device) for part in (training, held_out))
     counts = torch.bincount(texts[0].ids, minlength=toy.vocab_size).cpu()
     print(f"{len(texts[0].ids):,} tokens to train on, {len(texts[1].ids):,} held out", flush=True)
@@ -322,9 +351,8 @@ def main() -> None:
     schedule = Schedule(options.steps, options.minutes * 60, time.perf_counter())
     schedule.stop_on_signals()
     trained = Trainer(options, model, (texts[0], texts[1])).train(schedule)
-    write_native(model, toy, partial)
-    write_texts(partial, tokenizer, training, held_out)
-    figures = judge(partial, counts, options.samples, options.length, device)
+    write_native(model, toy, files, folder)
+    figures = judge(folder, counts, options.samples, options.length, device)
     story = Training(
         command=command(options.out),
         machine=options.machine or machine(device),
@@ -337,13 +365,9 @@ def main() -> None:
         corpus_tokens=len(texts[0].ids) + len(texts[1].ids),
         versions=f"Python {platform.python_version()}, torch {torch.__version__}",
     )
-    nbytes = json.loads((partial / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
-    (partial / "README.md").write_text(model_card(toy, story, figures, parameters, nbytes), encoding="utf-8")
-    if options.out.exists():
-        options.out.rmdir()
-    os.replace(partial, options.out)
-    print(figures_json(story, figures))
-    print(f"{options.out}: {sum(f.stat().st_size for f in options.out.rglob('*') if f.is_file()) / 1e6:.2f} MB")
+    nbytes = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    (folder / "README.md").write_text(model_card(toy, story, figures, parameters, nbytes), encoding="utf-8")
+    return figures_json(story, figures)
 
 
 def make_texts(

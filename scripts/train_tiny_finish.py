@@ -1,10 +1,14 @@
-"""What a trained tiny model becomes: a checkpoint in the official layout, its figures, its model card."""
+"""What a trained tiny model becomes: a checkpoint in the official layout in its place, its figures, its model card."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from torch.nn import functional
 from corpus import Conversation
 from dsv4q.checkpoint.native import open_source
 from dsv4q.data.tokens import DataSpec, load_calibration, load_tokenizer
+from dsv4q.errors import DataError, OutputError, SourceError
 from dsv4q.layout import Dims, TensorSpec, source_tensors
 from dsv4q.made_up.native import native_form, release_form, stored_specs
 from dsv4q.made_up.toy import Form, ToyConfig, write_toy
@@ -29,8 +34,66 @@ HELD_OUT_CONVERSATIONS = 640
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 
 
-def write_native(model: nn.Module, toy: ToyConfig, out: Path) -> None:
-    """Shards, index and config.json of the trained model as the official release stores it.
+def read_license() -> str:
+    """The project's license, which the checkpoint is under too.
+
+    Raises:
+        SourceError: absent or unreadable.
+    """
+    try:
+        return LICENSE.read_text(encoding="utf-8")
+    except OSError as error:
+        hint = "run the script in a whole checkout"
+        raise SourceError(
+            "The project's license is not there", where=LICENSE, found=error.strerror, hint=hint
+        ) from error
+
+
+def text_files(
+    tokenizer: str, training: Sequence[Conversation], held_out: Sequence[Conversation], license_text: str
+) -> dict[str, str]:
+    """Name -> text: tokenizer, calibration data, held-out text and license."""
+    return {
+        "tokenizer.json": tokenizer,
+        "chat_samples.jsonl": _lines(training[:CALIBRATION_CONVERSATIONS]),
+        "heldout.jsonl": _lines(held_out[:HELD_OUT_CONVERSATIONS]),
+        "LICENSE": license_text,
+    }
+
+
+@contextmanager
+def built_beside(out: Path) -> Iterator[Path]:
+    """An empty folder on the disk of `out`, which becomes `out` at the end; after an error nothing of it is left.
+
+    Raises:
+        OutputError: no folder can be made there, or in the meantime somebody else has made `out`.
+    """
+    out = out.resolve()
+    if out.is_mount():
+        hint = "give a new folder inside it"
+        raise OutputError("The output folder is a mount point and cannot be replaced", where=out, hint=hint)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise OutputError("The output folder cannot be made", where=out, found=error.strerror) from error
+    folder = work / out.name
+    try:
+        folder.mkdir()
+        yield folder
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    try:
+        os.replace(folder, out)
+    except OSError as error:
+        hint = f"what was to be there is finished: {folder}"
+        raise OutputError("The output folder has been taken", where=out, found=error.strerror, hint=hint) from error
+    work.rmdir()
+
+
+def write_native(model: nn.Module, toy: ToyConfig, texts: Mapping[str, str], out: Path) -> None:
+    """The trained model as the official release stores it, with the files `texts` (name -> text).
 
     Raises:
         OutputError: `out` is not empty or cannot be written.
@@ -43,18 +106,11 @@ def write_native(model: nn.Module, toy: ToyConfig, out: Path) -> None:
             raise SystemExit(f"the trained model has a value that is not finite in {spec.name}")
         return encoded(tensor, form) if form else (tensor.to("cpu", _DTYPES[spec.dtype]),)
 
-    write_toy(out, toy, form=Form(config=native_form().config, stored=stored_specs, values=values))
+    write_toy(out, toy, form=Form(config=native_form().config, stored=stored_specs, values=values, texts=texts))
 
 
-def write_texts(out: Path, tokenizer: str, training: Sequence[Conversation], held_out: Sequence[Conversation]) -> None:
-    """Tokenizer, calibration data, held-out text and license."""
-    out.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "tokenizer.json": tokenizer,
-        "chat_samples.jsonl": _lines(training[:CALIBRATION_CONVERSATIONS]),
-        "heldout.jsonl": _lines(held_out[:HELD_OUT_CONVERSATIONS]),
-        "LICENSE": LICENSE.read_text(encoding="utf-8"),
-    }
+def write_texts(texts: Mapping[str, str], out: Path) -> None:
+    """The files `texts` (name -> text) into the folder `out`."""
     for name, text in texts.items():
         (out / name).write_bytes(text.encode())
 
@@ -64,6 +120,32 @@ def _lines(conversations: Sequence[Conversation]) -> str:
 
 
 # ------------------------------------------------------------------------------------------ figures
+
+
+def check_held_out(texts: Mapping[str, str], samples: int, length: int, vocab_size: int) -> None:
+    """Read the held-out text as `judge` will.
+
+    Raises:
+        DataError: it has too few tokens.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_texts(texts, Path(folder))
+        try:
+            _held_out(Path(folder), samples, length, vocab_size)
+        except DataError as error:
+            raise DataError(
+                "There is too little held-out text to judge the model on",
+                where="--samples, --length",
+                expected=error.expected,
+                found=error.found or error.what,
+                hint="lower them, or raise --conversations",
+            ) from error
+
+
+def _held_out(folder: Path, samples: int, length: int, vocab_size: int) -> tuple[Tensor, ...]:
+    """Token ids of the held-out text, I64 [8, length] each, packed as `dsv4q eval` packs it."""
+    data = DataSpec(str(folder / "heldout.jsonl"), None, samples, length, micro_batch=8, seed=0, chat_mode="chat")
+    return load_calibration(data, load_tokenizer(folder), vocab_size=vocab_size).batches
 
 
 @dataclass(frozen=True)
@@ -91,7 +173,7 @@ def judge(folder: Path, counts: Tensor, samples: int, length: int, device: torch
 
     Args:
         counts: [V] how often each token occurs in the training text.
-        samples, length: of the held-out text, packed as `dsv4q eval` packs it.
+        samples, length: of the held-out text.
     """
     with open_source(folder) as source:
         dims = Dims.from_config(source.config)
@@ -100,8 +182,7 @@ def judge(folder: Path, counts: Tensor, samples: int, length: int, device: torch
             set_tensor(model, spec.hf_name, source.tensor(spec.name).to(device))
     rebuild_rotary(model, device)
     seen = _watch_routers(model, dims.experts)
-    data = DataSpec(str(folder / "heldout.jsonl"), None, samples, length, micro_batch=8, seed=0, chat_mode="chat")
-    batches = load_calibration(data, load_tokenizer(folder), vocab_size=dims.vocab).batches
+    batches = _held_out(folder, samples, length, dims.vocab)
     unigram = ((counts.double() + 1) / (counts.sum() + dims.vocab)).log()
     loss = unigram_loss = 0.0
     tokens = right = accepted = drafts = 0

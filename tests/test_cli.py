@@ -39,16 +39,13 @@ OPTIONS = {
         "--reference", "--data", "--samples", "--length", "--micro-batch", "--device", "--save", "--json", "--quiet/-q",
     ],
     "diff": ["--device", "--json", "--quiet/-q"],
-    "bench": [
-        "--model", "--concurrency", "--requests", "--max-tokens", "--prompts", "--api-key-env", "--json", "--quiet/-q",
-    ],
 }  # fmt: skip
 """Every option of every command: a new one is a decision, and then it is added here and to the README."""
 
 ARGUMENTS = {
     "toy": ["OUT"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
     "dequantize": ["NATIVE", "OUT"],
-    "verify-shards": ["ARTIFACT"], "report": ["ARTIFACT"], "eval": ["ARTIFACT"], "diff": ["A", "B"], "bench": ["URL"],
+    "verify-shards": ["ARTIFACT"], "report": ["ARTIFACT"], "eval": ["ARTIFACT"], "diff": ["A", "B"],
 }  # fmt: skip
 
 

@@ -152,6 +152,13 @@ def test_given_values_replace_the_random_ones(tmp_path: Path) -> None:
     assert all(bool((t == 1).all()) for t in tensors(out).values())
 
 
+def test_given_texts_replace_the_toys_own(tmp_path: Path) -> None:
+    given = {"tokenizer.json": "{}", "notes.txt": "another file"}
+    summary = write_toy(tmp_path / "a", TINY, form=dataclasses.replace(RANDOM, texts=given))
+    assert {name: (summary.out / name).read_text() for name in given} == given
+    assert summary.out / "notes.txt" in summary.files
+
+
 @settings(max_examples=40, deadline=None)
 @given(shards=st.integers(1, len(source_tensors(TINY.dims))))
 def test_shards_are_contiguous_exact_in_number_and_never_empty(shards: int) -> None:

@@ -19,8 +19,10 @@ from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
 from dsv4q.dequantize import Job as DequantizeJob
 from dsv4q.dequantize import dequantize
+from dsv4q.errors import OutputError
 from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
 from dsv4q.layout import source_tensors
+from dsv4q.made_up.toy import train_tokenizer
 from dsv4q.model.model import build_meta_model, rebuild_rotary, set_tensor
 from dsv4q.quantize import Job
 from runs import CONFIGS, run
@@ -30,7 +32,9 @@ sys.path.insert(0, str(SCRIPTS))
 
 import corpus  # noqa: E402
 import train_tiny  # noqa: E402
+import train_tiny_finish  # noqa: E402
 import train_tiny_model as tiny  # noqa: E402
+from train_tiny_finish import built_beside  # noqa: E402
 from train_tiny_rounding import LARGEST, encoded, rounded  # noqa: E402
 
 SETTINGS = ("--width", "least", "--batch", "2", "--length", "256", "--conversations", "1500", "--samples", "2")
@@ -120,6 +124,77 @@ def test_the_texts_alone_need_no_training(tmp_path: Path) -> None:
     assert train(tmp_path / "texts", "--data-only").returncode == 0
     names = {file.name for file in (tmp_path / "texts").iterdir()}
     assert names == {"tokenizer.json", "chat_samples.jsonl", "heldout.jsonl", "LICENSE"}
+
+
+def test_the_tokenizer_in_out_is_the_trained_one(trained: Path) -> None:
+    training, _ = corpus.split(0, 1500)
+    assert (trained / "tokenizer.json").read_text(encoding="utf-8") == train_tokenizer(training, 512)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> str:
+    """What the script, run in this process without its training, ends with."""
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", str(out), "--device", "cpu", *SETTINGS, *more])
+    monkeypatch.setattr(train_tiny.Schedule, "stop_on_signals", lambda self: None)
+    monkeypatch.setattr(train_tiny.Trainer, "train", lambda self, schedule: train_tiny.Trained(1, 0, 0.1))
+    with pytest.raises(SystemExit) as stopped:
+        train_tiny.main()
+    return str(stopped.value)
+
+
+def test_a_checkout_without_license_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_tiny_finish, "LICENSE", tmp_path / "LICENSE")
+    monkeypatch.setattr(train_tiny, "make_texts", lambda *_: pytest.fail("the work began"))
+    assert "license is not there" in refused(monkeypatch, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "There is no such device" in refused(monkeypatch, tmp_path / "model", "--device", "cuda:99")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_held_out_text_that_is_too_short_is_refused_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_tiny, "build", lambda *_: pytest.fail("the training began"))
+    found = refused(monkeypatch, tmp_path / "model", "--samples", "999")
+    assert "too little held-out text" in found and "raise --conversations" in found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_after_a_failure_in_the_middle_out_is_as_it_was(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "model"
+    if there:
+        out.mkdir()
+    seen: list[tuple[bool, bool]] = []
+
+    def failing(folder: Path, *_: object) -> None:
+        tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        is_trained = tokenizer == train_tokenizer(corpus.split(0, 1500)[0], 512)
+        seen.append((is_trained, out.exists() and any(out.iterdir())))
+        raise SystemExit("in the middle")
+
+    monkeypatch.setattr(train_tiny, "judge", failing)
+    assert refused(monkeypatch, out) == "in the middle"
+    assert seen == [(True, False)]
+    assert [*tmp_path.rglob("*")] == ([out] if there else [])
+
+
+def test_a_finished_model_is_kept_when_somebody_has_taken_its_place(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    with pytest.raises(OutputError, match="has been taken") as error, built_beside(out) as folder:
+        (folder / "weights").touch()
+        out.mkdir()
+        (out / "mine").touch()
+    assert [file.name for file in out.iterdir()] == ["mine"]
+    assert error.value.hint is not None and (folder / "weights").is_file() and str(folder) in error.value.hint
 
 
 def test_the_corpus_is_the_same_on_every_python() -> None:

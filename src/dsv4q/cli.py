@@ -403,41 +403,6 @@ def diff_(
         raise typer.Exit(3)
 
 
-@app.command()
-def bench(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Server, such as http://localhost:8000.")],
-    model: Annotated[str | None, typer.Option(help="Name of the model; the first that the server names.")] = None,
-    concurrency: Annotated[str, typer.Option(help="Requests at once, one measurement each.")] = "1,4,8,16",
-    requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests of each measurement; at least 8 and twice as many as at once.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    prompts: Annotated[
-        Path | None, typer.Option(help="One prompt per line, or JSONL with prompt, text or messages; else our own.")
-    ] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure a server that speaks the OpenAI API.
-
-    Output tokens per second and time to the first token at each concurrency, and how many drafts of MTP were accepted
-    by the server's own counters. What a server does not tell is none. Exit code 1 if it goes away before the end.
-    """
-    from dsv4q import bench as story
-    from dsv4q.serving.show import show_bench
-
-    console = _console(as_json, quiet)
-    wanted, key = story.parse_concurrency(concurrency), story.read_key(api_key_env)
-    result, error = story.bench(story.Job(url, model, wanted, requests, max_tokens, prompts, key), console)
-    console.data(result)
-    show_bench(result, console)
-    if error is not None:
-        if not as_json:
-            console.error(error)
-        raise typer.Exit(1)
-
-
 def _folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0
 

@@ -118,10 +118,6 @@ class WeightError(Dsv4qError):
     """A tensor's values cannot be used: NaN or Inf in the source."""
 
 
-class ServerError(Dsv4qError):
-    """A server of a model: not there, gone in the middle, it refuses, or its answers cannot be read."""
-
-
 class Interrupted(Dsv4qError):
     """The user stopped the run."""
 

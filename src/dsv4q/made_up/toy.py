@@ -184,6 +184,8 @@ class Form:
     """Tensor of the model -> the tensors in the files: names, dtypes, shapes."""
     values: Callable[[TensorSpec, Dims, int], tuple[torch.Tensor, ...]]
     """(tensor of the model, dimensions, seed) -> values of each of them, in the same order."""
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Name -> text of files in place of the toy's own, such as another tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -359,6 +361,7 @@ def _small_files(toy: ToyConfig, form: Form, conversations: Sequence[list[dict[s
         "chat_samples.jsonl": "".join(
             json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations
         ),
+        **form.texts,
     }
 
 

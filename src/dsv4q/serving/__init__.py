@@ -1,1 +1,0 @@
-"""Measuring a server of a model from outside: an OpenAI-compatible one, over HTTP."""
