@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dsv4q.data.tokens import DataSpec, load_calibration, load_tokenizer
 from dsv4q.errors import ConfigError, OutputError
-from dsv4q.layout import TensorSpec, load_config, source_tensors
+from dsv4q.layout import TensorSpec, load_model_config, source_tensors
 from dsv4q.made_up import toy as toy_module
 from dsv4q.made_up.toy import (
     RANDOM,
@@ -73,7 +73,7 @@ def test_index_names_the_shard_of_every_tensor(toy: ToySummary) -> None:
 
 def test_toy_covers_every_kind_of_layer(toy: ToySummary) -> None:
     names = tensors(toy.out)
-    ratios = load_config(toy.out)["compress_ratios"]
+    ratios = load_model_config(toy.out)["compress_ratios"]
     assert {0, 4, 128} <= set(ratios[:-1]) and ratios[-1] == 0
     assert any(name.endswith("gate.tid2eid") for name in names)
     assert any(name.startswith("layers.") and name.endswith("gate.bias") for name in names)

@@ -25,7 +25,7 @@ from dsv4q.config import Config
 from dsv4q.console import Console, human_bytes
 from dsv4q.errors import OutputError, ResumeError, UsageError
 from dsv4q.host import stoppable
-from dsv4q.layout import Dims, load_config
+from dsv4q.layout import Dims, load_model_config
 from dsv4q.made_up.generated import GeneratedCheckpoint
 from dsv4q.plan.plan import Estimate, Plan, first_problem, free_bytes, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
@@ -80,7 +80,7 @@ def prepare(rehearsal: Rehearsal) -> Prepared:
         UsageError: more layers than there are, or fewer than one.
     """
     _check_out(rehearsal)
-    whole_config = load_config(rehearsal.source)
+    whole_config = load_model_config(rehearsal.source)
     config_file = rehearsal.folder / "config.json" if rehearsal.source.is_dir() else rehearsal.source
     dims = Dims.from_config(whole_config, config_file)
     layers = chosen_layers(dims, rehearsal.layers)

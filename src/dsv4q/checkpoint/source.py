@@ -35,7 +35,7 @@ from dsv4q.checkpoint.headers import (
     strict_json,
 )
 from dsv4q.errors import SourceError
-from dsv4q.layout import DTYPE_BYTES, load_config
+from dsv4q.layout import DTYPE_BYTES, load_model_config
 
 if TYPE_CHECKING:
     import torch
@@ -343,7 +343,7 @@ def scan(path: Path) -> Checkpoint:
     Raises:
         SourceError: config.json absent or unreadable. Every other problem goes into `Checkpoint.problems`.
     """
-    config = load_config(path)
+    config = load_model_config(path)
     if not path.is_dir():
         return Checkpoint(path.parent, config, {}, {}, (), has_weights=False, config_file=path)
     findings = Findings(path)
