@@ -185,9 +185,7 @@ def parse_config(raw: object, where: str = "config") -> Config:
     try:
         groups = config.groups
     except RecipeError as error:
-        error.where = f"{where}: {error.where or 'recipe'}"
-        error.args = (error.text(),)
-        raise
+        raise error.but(where=f"{where}: {error.where or 'recipe'}") from error.__cause__
     if not groups:
         raise RecipeError("The recipe has no config group", where=where, hint="see configs/ for examples")
     if not config.has_input_scales:

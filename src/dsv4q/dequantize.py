@@ -23,7 +23,7 @@ from dsv4q.checkpoint.pipes import loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
-from dsv4q.errors import Dsv4qError, SourceError
+from dsv4q.errors import Dsv4qError, SourceError, first_problem
 from dsv4q.host import stoppable
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.plan.plan import (
@@ -31,7 +31,6 @@ from dsv4q.plan.plan import (
     PlannedTensor,
     ShardPlan,
     balanced_shards,
-    first_problem,
     free_bytes,
     require_weights,
     shard_name,

@@ -22,12 +22,11 @@ from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, check_finished_shards
 from dsv4q.config import Config
 from dsv4q.console import Console
-from dsv4q.errors import DataError, DeviceError, Dsv4qError
+from dsv4q.errors import DataError, DeviceError, Dsv4qError, first_problem
 from dsv4q.host import stoppable, usable_device
 from dsv4q.plan.plan import (
     Plan,
     ShardPlan,
-    first_problem,
     free_bytes,
     make_plan,
     rank_shares,
@@ -297,8 +296,8 @@ def _data_problem(job: Job) -> Dsv4qError | None:
         check_data(spec, base)
     except DataError as error:
         if not Path(spec.dataset).is_absolute() and not (base / spec.dataset).exists():
-            error.where = spec.dataset
-            error.hint = f"a relative path is looked for in {Path.cwd()}, then in {job.source}"
+            looked = f"a relative path is looked for in {Path.cwd()}, then in {job.source}"
+            return error.but(where=spec.dataset, hint=looked)
         return error
     return None
 

@@ -23,11 +23,11 @@ from dsv4q.checkpoint.pipes import BUDGET
 from dsv4q.checkpoint.writer import ShardWriter
 from dsv4q.config import Config
 from dsv4q.console import Console, human_bytes
-from dsv4q.errors import OutputError, ResumeError, UsageError
+from dsv4q.errors import OutputError, ResumeError, UsageError, first_problem
 from dsv4q.host import stoppable
 from dsv4q.layout import Dims, load_model_config
 from dsv4q.made_up.generated import GeneratedCheckpoint
-from dsv4q.plan.plan import Estimate, Plan, first_problem, free_bytes, make_plan, with_problem
+from dsv4q.plan.plan import Estimate, Plan, free_bytes, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.quantize import Job, Run, data_spec, run_blocks, run_device
 from dsv4q.report.rehearsal import rehearsal_result

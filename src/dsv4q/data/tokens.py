@@ -270,8 +270,7 @@ def _row_text(row: object, where: str, mode: str) -> str:
         try:
             text = encode_chat(row["messages"], mode)
         except DataError as error:
-            place = f"{where}: {error.where}"
-            raise DataError(error.what, where=place, expected=error.expected, found=error.found) from error
+            raise error.but(where=f"{where}: {error.where}") from error.__cause__
     else:
         check_columns(list(row), where)
         plain = row.get("text")

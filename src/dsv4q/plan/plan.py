@@ -10,7 +10,7 @@ import math
 import shutil
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -376,9 +376,7 @@ def _stored(scheme: Scheme, spec: TensorSpec, problems: list[Dsv4qError]) -> tup
     try:
         return stored_tensors(scheme, spec.shape)
     except Dsv4qError as error:
-        error.where = error.where or spec.name
-        error.args = (error.text(),)
-        problems.append(error)
+        problems.append(error.but(where=error.where or spec.name))
         return (("weight", spec.dtype, spec.shape),)
 
 
@@ -525,16 +523,6 @@ def rank_shares(plan: Plan, count: int) -> list[dict[str, Any]]:
          "encoded_linears": linears[s.rank], "write_bytes": write[s.rank]}
         for s in shares
     ]  # fmt: skip
-
-
-def first_problem(problems: Sequence[Dsv4qError], see: str) -> Dsv4qError:
-    """The first problem; its hint tells how many more there are, and `see` what lists them."""
-    error = problems[0]
-    if len(problems) > 1:
-        more = f"{len(problems) - 1} more problem(s); {see}"
-        error.hint = f"{error.hint}; {more}" if error.hint else more
-        error.args = (error.text(),)
-    return error
 
 
 def with_problem(plan: Plan, problem: Dsv4qError | None) -> Plan:
