@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from corpus import Conversation
 from dsv4q.checkpoint.native import open_source
-from dsv4q.data.tokens import DataSpec, load_calibration, load_tokenizer
+from dsv4q.data.spec import DataSpec
+from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.layout import Dims, TensorSpec, source_tensors
 from dsv4q.made_up.native import native_form, release_form, stored_specs
 from dsv4q.made_up.toy import Form, ToyConfig, write_toy
@@ -100,7 +101,7 @@ def judge(folder: Path, counts: Tensor, samples: int, length: int, device: torch
             set_tensor(model, spec.hf_name, source.tensor(spec.name).to(device))
     rebuild_rotary(model, device)
     seen = _watch_routers(model, dims.experts)
-    data = DataSpec(str(folder / "heldout.jsonl"), None, samples, length, micro_batch=8, seed=0, chat_mode="chat")
+    data = DataSpec(dataset=str(folder / "heldout.jsonl"), samples=samples, max_length=length, micro_batch=8, seed=0)
     batches = load_calibration(data, load_tokenizer(folder), vocab_size=dims.vocab).batches
     unigram = ((counts.double() + 1) / (counts.sum() + dims.vocab)).log()
     loss = unigram_loss = 0.0

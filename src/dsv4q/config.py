@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dsv4q.data.spec import Calibration
 from dsv4q.errors import ConfigError, RecipeError
 from dsv4q.recipe.recipe import explain, groups_of, ignored, library_recipe
 from dsv4q.recipe.schemes import Scheme
@@ -25,25 +26,6 @@ from dsv4q.recipe.schemes import Scheme
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Calibration(_Frozen):
-    """Which data the activation statistics come from."""
-
-    dataset: str
-    """Hub id, local dataset folder, or JSONL file (relative to the working folder)."""
-    split: str | None = None
-    samples: int = Field(64, ge=1)
-    max_length: int = Field(512, ge=8)
-    """Tokens per sample; every sample has exactly this many."""
-    micro_batch: int = Field(8, ge=1)
-    """Samples per forward pass. Part of the recipe: another value may change the last bit of a scale."""
-    seed: int = 42
-    chat_mode: Literal["chat", "thinking"] = "chat"
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.max_length
 
 
 class Mtp(_Frozen):

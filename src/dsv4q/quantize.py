@@ -41,7 +41,8 @@ from dsv4q.report.page.write import Job as ReportJob
 if TYPE_CHECKING:
     import torch
 
-    from dsv4q.data.tokens import CalibrationData, DataSpec
+    from dsv4q.data.spec import Calibration
+    from dsv4q.data.tokens import CalibrationData
     from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
     from dsv4q.run.ranks import Ranks
 
@@ -265,24 +266,13 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def data_spec(job: Job) -> tuple[DataSpec, Path] | None:
+def data_spec(job: Job) -> tuple[Calibration, Path] | None:
     """What to calibrate on, and the folder that a relative path in the config is relative to."""
-    from dsv4q.data.tokens import DataSpec
-
     wanted = job.config.calibration
     if wanted is None or not job.config.needs_data:
         return None
-    spec = DataSpec(
-        dataset=wanted.dataset,
-        split=wanted.split,
-        samples=wanted.samples,
-        max_length=wanted.max_length,
-        micro_batch=wanted.micro_batch,
-        seed=wanted.seed,
-        chat_mode=wanted.chat_mode,
-    )
     here = Path.cwd()
-    return spec, here if (here / wanted.dataset).exists() else job.source
+    return wanted, here if (here / wanted.dataset).exists() else job.source
 
 
 def _data_problem(job: Job) -> Dsv4qError | None:

@@ -34,7 +34,8 @@ from dsv4q.report.rehearsal import rehearsal_result
 from dsv4q.verify.judge import verify_headers
 
 if TYPE_CHECKING:
-    from dsv4q.data.tokens import CalibrationData, DataSpec
+    from dsv4q.data.spec import DataSpec
+    from dsv4q.data.tokens import CalibrationData
 
 FLASH = Path(__file__).parent / "releases" / "deepseek-v4-flash"
 """Folder with the config.json of DeepSeek-V4-Flash."""
