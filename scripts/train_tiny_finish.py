@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from corpus import Conversation
 from dsv4q.checkpoint.native import open_source
-from dsv4q.data.tokens import DataSpec, load_calibration, load_tokenizer
+from dsv4q.data.spec import DataSpec
+from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.errors import DataError, OutputError, SourceError
 from dsv4q.layout import Dims, TensorSpec, source_tensors
 from dsv4q.made_up.native import native_form, release_form, stored_specs
@@ -144,7 +145,7 @@ def check_held_out(texts: Mapping[str, str], samples: int, length: int, vocab_si
 
 def _held_out(folder: Path, samples: int, length: int, vocab_size: int) -> tuple[Tensor, ...]:
     """Token ids of the held-out text, I64 [8, length] each, packed as `dsv4q eval` packs it."""
-    data = DataSpec(str(folder / "heldout.jsonl"), None, samples, length, micro_batch=8, seed=0, chat_mode="chat")
+    data = DataSpec(dataset=str(folder / "heldout.jsonl"), samples=samples, max_length=length, micro_batch=8, seed=0)
     return load_calibration(data, load_tokenizer(folder), vocab_size=vocab_size).batches
 
 

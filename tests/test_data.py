@@ -8,22 +8,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from dsv4q.data import tokens as data_module
+from dsv4q.data.spec import DataSpec
 from dsv4q.data.tokens import (
     ASSISTANT,
     BOS,
     EOS,
     USER,
-    DataSpec,
     check_data,
     encode_chat,
     load_calibration,
@@ -32,7 +33,14 @@ from dsv4q.data.tokens import (
 from dsv4q.errors import DataError
 from dsv4q.made_up.toy import chat_samples, train_tokenizer
 
-SPEC = DataSpec("rows.jsonl", None, samples=6, max_length=64, micro_batch=4, seed=3, chat_mode="chat")
+SPEC = DataSpec(dataset="rows.jsonl", samples=6, max_length=64, micro_batch=4, seed=3)
+
+
+def replace(spec: DataSpec, **changes: Any) -> DataSpec:
+    """Another spec, as checked as one that a user writes."""
+    return DataSpec(**{**spec.model_dump(), **changes})
+
+
 ONE = replace(SPEC, samples=1, max_length=4)
 CHAT = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three of them."}]
 
@@ -110,10 +118,21 @@ def test_unknown_chat_mode_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("samples", 0), ("max_length", 0), ("micro_batch", -1), ("seed", -1), ("chat_mode", "x")]
+    ("key", "value"), [("samples", 0), ("max_length", 0), ("micro_batch", -1), ("chat_mode", "x"), ("colour", "blue")]
 )
 def test_impossible_spec_is_refused_by_key(key: str, value: object) -> None:
-    assert refusal(lambda: replace(SPEC, **{key: value})).where == f"calibration.{key}"
+    with pytest.raises(ValidationError) as caught:
+        replace(SPEC, **{key: value})
+    assert [error["loc"] for error in caught.value.errors()] == [(key,)]
+
+
+def test_a_negative_seed_is_refused_by_key() -> None:
+    assert refusal(lambda: replace(SPEC, seed=-1)).where == "calibration.seed"
+
+
+def test_a_spec_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        SPEC.samples = 7  # type: ignore[misc]
 
 
 # Packing, order, digest
@@ -137,7 +156,7 @@ def test_packing_follows_its_definition(
     seed: int,
 ) -> None:
     path = write_rows(tmp_path_factory.getbasetemp() / "packing.jsonl", [{"text": text} for text in texts])
-    spec = DataSpec(str(path), None, samples, length, micro, seed, "chat")
+    spec = DataSpec(dataset=str(path), samples=samples, max_length=length, micro_batch=micro, seed=seed)
     pending = [
         tokenizer.encode(f"{BOS}{texts[i]}{EOS}", add_special_tokens=False).ids
         for i in data_module._shuffled(len(texts), seed)
@@ -479,8 +498,9 @@ def test_early_check_imports_neither_torch_nor_datasets(
 ) -> None:
     form(tmp_path / "set", [{"messages": CHAT}] * 9)
     code = (
-        "import sys; from pathlib import Path; from dsv4q.data.tokens import DataSpec, check_data;"
-        "check_data(DataSpec('set', 'train_sft', 1, 4, 1, 0, 'chat'), Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from dsv4q.data.spec import DataSpec;"
+        "from dsv4q.data.tokens import check_data;"
+        "check_data(DataSpec(dataset='set', split='train_sft'), Path(sys.argv[1]));"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(data_module.__file__).parents[2])}

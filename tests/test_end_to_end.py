@@ -25,7 +25,8 @@ from dsv4q.config import Config, parse_config
 from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.errors import CalibrationError
 from dsv4q.made_up.toy import ToyConfig, write_toy
-from dsv4q.quantize import Job, data_spec, prepare
+from dsv4q.quantize import Job, prepare
+from dsv4q.run.calibration import data_wanted
 from dsv4q.verify.judge import verify
 from runs import CONFIGS, finished_files, run, toy_job
 
@@ -265,7 +266,7 @@ def test_report_counts_each_token_of_each_expert_in_every_layer(made: Job, repor
 
 def test_report_counts_of_a_hash_layer_are_those_of_its_table(main_run: tuple[Job, dict[str, Any]]) -> None:
     job, report = main_run
-    wanted = data_spec(job)
+    wanted = data_wanted(job.config, job.source)
     assert wanted is not None
     ids = torch.cat(load_calibration(wanted[0], load_tokenizer(job.source), wanted[1]).batches)
     table = tensors(job.source)["layers.1.ffn.gate.tid2eid"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4q.data.tokens import BOS, CalibrationData, DataSpec, load_calibration, load_tokenizer
+from dsv4q.cli import main
+from dsv4q.data.spec import DataSpec
+from dsv4q.data.tokens import BOS, CalibrationData, load_calibration, load_tokenizer
 from dsv4q.errors import DataError, UsageError
 from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.made_up.toy import write_toy
@@ -62,7 +66,7 @@ def test_a_text_that_is_just_long_enough_will_do_and_a_shorter_one_is_refused(so
 def test_conversations_are_packed_as_for_calibration(source: Path, tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": f"{i}. {TEXT[:200]}"}]} for i in range(20)]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    spec = DataSpec(str(tmp_path / "chat.jsonl"), None, 5, 20, 2, 0, "chat")
+    spec = DataSpec(dataset=str(tmp_path / "chat.jsonl"), samples=5, max_length=20, micro_batch=2, seed=0)
     assert tokenized(source, tmp_path / "chat.jsonl").digest == load_calibration(spec, load_tokenizer(source)).digest
 
 
@@ -120,3 +124,69 @@ def test_conversations_that_are_too_short_are_refused_in_the_words_of_the_comman
 def test_numbers_that_make_no_sense_are_usage(value: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="--" + next(iter(value)).replace("_", "-")):
         DataRequest(**{"file": None, "samples": 1, "length": 8, "micro_batch": 1, **value})
+
+
+# ------------------------------------------------------------------------------------------------ the command's words
+
+
+def said(source: Path, *options: object) -> str:
+    """What `dsv4q eval` of a checkpoint against itself says on stderr when it refuses the data."""
+    line = ["eval", source, "--reference", source, "--device", "cpu", "-q", "--samples", 2, "--length", 32, *options]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in line])
+    assert stopped.value.code == 1
+    return errors.getvalue()
+
+
+ROBOT = {"messages": [{"role": "user", "content": "How many?"}, {"role": "robot", "content": "Three."}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "The evaluation data is empty\n  where: FILE\n  expected: at least one row\n"),
+        (
+            b'{"prompt": "calibration"}',
+            "The evaluation data has no column that can be used\n  where: FILE, line 1\n  expected: messages or text\n"
+            "  found: prompt\n",
+        ),
+        (b"{calibration", "The evaluation data is not valid JSON\n  where: FILE, line 1\n  found: Expecting property"),
+        (b'{"text": "\xff"}', "The evaluation data is not UTF-8\n  where: FILE, line 1\n  found: 'utf-8' codec can't"),
+        (
+            b'{"text": "\\ud800"}',
+            "A row has half a surrogate pair in its text\n  where: FILE, line 1\n  expected: valid Unicode\n",
+        ),
+        (
+            json.dumps(ROBOT).encode(),
+            "A message has an unknown role\n  where: FILE, line 1: messages[1].role\n"
+            "  expected: system, user or assistant\n  found: 'robot'\n",
+        ),
+        (
+            b'{"text": "calibration.samples"}',
+            "The evaluation data is too short\n  where: FILE\n  expected: 2 samples of 32 tokens = 64 tokens\n"
+            "  found: 0 full samples, 17 tokens from 1 conversations, each sample beginning with a fresh one\n"
+            "  next: give more data, or lower --samples or --length\n",
+        ),
+    ],
+)
+def test_the_command_speaks_of_its_options_and_names_the_data_by_its_own_path(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, text: str
+) -> None:
+    file = tmp_path / "calibration" / "x.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    found = said(source, "--data", "calibration/x.jsonl")
+    assert text.replace("FILE", str(file)) in found
+    assert "evaluation/" not in found
+
+
+def test_the_command_names_a_data_set_that_is_not_there_by_its_own_path(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = said(source, "--data", "calibration/none.jsonl")
+    assert (
+        f"There is no such data set\n  where: {tmp_path / 'calibration' / 'none.jsonl'}\n  expected: a JSONL" in found
+    )

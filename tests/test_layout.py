@@ -19,13 +19,13 @@ from dsv4q.layout import (
     Role,
     TensorSpec,
     layer_tensors,
-    load_config,
+    load_model_config,
     mtp_tensors,
     source_tensors,
 )
 from runs import FLASH
 
-CONFIG = load_config(FLASH)
+CONFIG = load_model_config(FLASH)
 DIMS = Dims.from_config(CONFIG)
 
 SIZES = (
@@ -259,28 +259,28 @@ def test_no_accepted_config_has_an_empty_tensor_or_a_name_twice(sizes: dict[str,
     assert len({spec.name for spec in specs}) == len({spec.hf_name for spec in specs}) == len(specs)
 
 
-# ------------------------------------------------------------------------------------------------ load_config
+# ------------------------------------------------------------------------------------------------ load_model_config
 
 
 def load(tmp_path: Path, raw: bytes) -> dict[str, Any]:
     (tmp_path / "config.json").write_bytes(raw)
-    return load_config(tmp_path)
+    return load_model_config(tmp_path)
 
 
 def test_a_config_is_found_by_its_folder_and_by_its_own_name(tmp_path: Path) -> None:
-    assert load(tmp_path, b'{"a": "\xc3\xa4"}') == load_config(tmp_path / "config.json") == {"a": "ä"}
+    assert load(tmp_path, b'{"a": "\xc3\xa4"}') == load_model_config(tmp_path / "config.json") == {"a": "ä"}
 
 
 @pytest.mark.parametrize("name", ["absent", "a" * 5000, "nul\0"], ids=["absent", "too-long", "nul"])
 def test_a_path_that_leads_nowhere_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match=r"config\.json"):
-        load_config(tmp_path / name)
+        load_model_config(tmp_path / name)
 
 
 def test_a_disk_that_fails_is_a_refusal() -> None:
     # Its first page is never mapped: a regular file that opens and cannot be read.
     with pytest.raises(SourceError, match="cannot be read"):
-        load_config(Path("/proc/self/mem"))
+        load_model_config(Path("/proc/self/mem"))
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,7 @@ from dsv4q.cli import main
 from dsv4q.config import load_config
 from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
-from dsv4q.layout import DTYPE_BYTES, Dims, Role, source_tensors
-from dsv4q.layout import load_config as load_model_config
+from dsv4q.layout import DTYPE_BYTES, Dims, Role, load_model_config, source_tensors
 from dsv4q.made_up.native import codes_and_scales, grid_form, native_form, release_form, stored_specs
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.plan.plan import make_plan

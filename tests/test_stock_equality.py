@@ -13,7 +13,8 @@ from dsv4q.config import Config, Mtp, load_config, parse_config
 from dsv4q.console import Console, Mode
 from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.made_up.toy import write_toy
-from dsv4q.quantize import Job, data_spec, quantize
+from dsv4q.quantize import Job, quantize
+from dsv4q.run.calibration import data_wanted
 from stock import as_bytes, assert_same_tensors, run_stock, write_tiny
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -100,7 +101,7 @@ def with_stock_observers(config: Config) -> Config:
 
 def calibration_batches(job: Job) -> list[torch.Tensor]:
     """The micro-batches that `quantize` uses; where it needs none, one batch for stock, which always wants data."""
-    wanted = data_spec(job)
+    wanted = data_wanted(job.config, job.source)
     if wanted is None:
         return [torch.zeros((1, 8), dtype=torch.int64)]
     return list(load_calibration(wanted[0], load_tokenizer(job.source), wanted[1]).batches)

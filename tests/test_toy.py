@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dsv4q.data.tokens import DataSpec, load_calibration, load_tokenizer
+from dsv4q.data.spec import DataSpec
+from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.errors import ConfigError, OutputError
-from dsv4q.layout import TensorSpec, load_config, source_tensors
+from dsv4q.layout import TensorSpec, load_model_config, source_tensors
 from dsv4q.made_up import toy as toy_module
 from dsv4q.made_up.toy import (
     RANDOM,
@@ -73,7 +74,7 @@ def test_index_names_the_shard_of_every_tensor(toy: ToySummary) -> None:
 
 def test_toy_covers_every_kind_of_layer(toy: ToySummary) -> None:
     names = tensors(toy.out)
-    ratios = load_config(toy.out)["compress_ratios"]
+    ratios = load_model_config(toy.out)["compress_ratios"]
     assert {0, 4, 128} <= set(ratios[:-1]) and ratios[-1] == 0
     assert any(name.endswith("gate.tid2eid") for name in names)
     assert any(name.startswith("layers.") and name.endswith("gate.bias") for name in names)
@@ -216,7 +217,7 @@ def test_transformers_reads_the_config_as_deepseek_v4(toy: ToySummary) -> None:
 
 
 def test_chat_samples_suffice_for_the_shipped_calibration(toy: ToySummary) -> None:
-    spec = DataSpec("chat_samples.jsonl", None, 64, 512, 8, 0, "chat")
+    spec = DataSpec(dataset="chat_samples.jsonl", samples=64, max_length=512, micro_batch=8, seed=0)
     data = load_calibration(spec, load_tokenizer(toy.out), toy.out, vocab_size=512)
     assert data.tokens == 32768 and data.conversations_used <= len(chat_samples())
 

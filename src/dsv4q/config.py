@@ -11,8 +11,6 @@ Everything is frozen and unknown keys are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,31 +18,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dsv4q.data.spec import Calibration
 from dsv4q.errors import ConfigError, RecipeError
+from dsv4q.recipe.recipe import explain, groups_of, ignored, library_recipe
 from dsv4q.recipe.schemes import Scheme
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Calibration(_Frozen):
-    """Which data the activation statistics come from."""
-
-    dataset: str
-    """Hub id, local dataset folder, or JSONL file (relative to the working folder)."""
-    split: str | None = None
-    samples: int = Field(64, ge=1)
-    max_length: int = Field(512, ge=8)
-    """Tokens per sample; every sample has exactly this many."""
-    micro_batch: int = Field(8, ge=1)
-    """Samples per forward pass. Part of the recipe: another value may change the last bit of a scale."""
-    seed: int = 42
-    chat_mode: Literal["chat", "thinking"] = "chat"
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.max_length
 
 
 class Mtp(_Frozen):
@@ -114,12 +95,12 @@ class Config(_Frozen):
     @cached_property
     def groups(self) -> dict[str, Scheme]:
         """Config groups of the recipe by name."""
-        return _groups(self.recipe)
+        return groups_of(self.recipe)
 
     @cached_property
     def ignore(self) -> tuple[str, ...]:
         """Ignore entries of the recipe."""
-        return tuple(_modifier(self.recipe).get("ignore") or ())
+        return ignored(self.recipe)
 
     @property
     def has_input_scales(self) -> bool:
@@ -133,11 +114,7 @@ class Config(_Frozen):
 
     def library_recipe(self) -> dict[str, Any]:
         """The recipe for `oneshot`: the user's, with every group's format stated."""
-        from dsv4q.recipe.schemes import scheme_dict
-
-        groups = {name: scheme_dict(scheme) for name, scheme in self.groups.items()}
-        modifier = {"config_groups": groups, "ignore": list(self.ignore)}
-        return {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+        return library_recipe(self.groups, self.ignore)
 
     def canonical(self) -> dict[str, Any]:
         """JSON-able form; two configs that mean the same have the same one."""
@@ -181,13 +158,11 @@ def parse_config(raw: object, where: str = "config") -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(**_explain(error, where)) from error
+        raise ConfigError(**explain(error, where, "config", "only keys that docs/config.md lists")) from error
     try:
         groups = config.groups
     except RecipeError as error:
-        error.where = f"{where}: {error.where or 'recipe'}"
-        error.args = (error.text(),)
-        raise
+        raise error.but(where=f"{where}: {error.where or 'recipe'}") from error.__cause__
     if not groups:
         raise RecipeError("The recipe has no config group", where=where, hint="see configs/ for examples")
     if not config.has_input_scales:
@@ -248,112 +223,3 @@ def with_dataset(config: Config, dataset: str) -> Config:
     return config.model_copy(
         update={"calibration": config.calibration.model_copy(update={"dataset": dataset, "split": None})}
     )
-
-
-def _explain(error: ValidationError, where: str) -> dict[str, str]:
-    """First problem of a pydantic error in our words, the number of the others in the hint."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "top level"
-    what = "Unknown key in the config" if first["type"] == "extra_forbidden" else f"Wrong value in the config: {key}"
-    expected = first["msg"].removeprefix("Value error, ")
-    details = {"what": what, "where": f"{where}: {key}", "expected": expected, "found": repr(first["input"])[:200]}
-    if first["type"] == "extra_forbidden":
-        details["expected"] = "only keys that docs/config.md lists"
-    if error.error_count() > 1:
-        details["hint"] = f"{error.error_count() - 1} more problem(s) in this config"
-    return details
-
-
-_MODIFIER_KEYS = (
-    "config_groups", "ignore", "scheme", "targets", "weight_observer", "input_observer", "observer"
-)  # fmt: skip
-
-
-def _modifier(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the one QuantizationModifier of a recipe."""
-    found: list[tuple[str, Any]] = []
-    for stage, modifiers in recipe.items():
-        for group, members in _members(stage, "_stage", modifiers, "recipe"):
-            found += _members(group, "_modifiers", members, f"recipe.{stage}")
-    names = [str(name) for name, _ in found]
-    if names != ["QuantizationModifier"]:
-        raise RecipeError(
-            "dsv4q runs recipes with exactly one QuantizationModifier",
-            where="recipe",
-            expected="QuantizationModifier",
-            found=", ".join(names) or "no modifier",
-        )
-    arguments = found[0][1]
-    if not isinstance(arguments, dict):
-        raise RecipeError(
-            "The QuantizationModifier of the recipe has no arguments",
-            where="recipe: QuantizationModifier",
-            expected="config_groups, or scheme, and ignore",
-            found=repr(arguments),
-        )
-    _check_arguments(arguments)
-    return dict(arguments)
-
-
-def _members(name: object, suffix: str, value: object, where: str) -> Iterable[tuple[Any, Any]]:
-    if not isinstance(name, str) or not name.endswith(suffix) or not isinstance(value, dict):
-        raise RecipeError(
-            "The recipe is not in llmcompressor's form",
-            where=f"{where}.{name}",
-            expected="<name>_stage: <name>_modifiers: QuantizationModifier: ...",
-            found=f"{name}: {type(value).__name__}",
-        )
-    return value.items()
-
-
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    where = "recipe: QuantizationModifier"
-    for key in arguments:
-        if key not in _MODIFIER_KEYS:
-            raise RecipeError(
-                "The recipe's modifier has an argument that dsv4q does not know",
-                where=f"{where}.{key}",
-                expected=", ".join(_MODIFIER_KEYS),
-                found=key,
-            )
-    ignore = arguments.get("ignore")
-    if ignore is not None and not (isinstance(ignore, list) and all(isinstance(entry, str) for entry in ignore)):
-        raise RecipeError(
-            "Wrong value in the recipe: ignore",
-            where=f"{where}.ignore",
-            expected="a list of module names and re: patterns",
-            found=repr(ignore)[:200],
-        )
-
-
-def _groups(recipe: dict[str, Any]) -> dict[str, Scheme]:
-    modifier = _modifier(recipe)
-    if set(modifier) <= {"config_groups", "ignore"} and isinstance(modifier.get("config_groups"), dict):
-        raw = modifier["config_groups"]
-        if all(isinstance(group, dict) for group in raw.values()):
-            return {str(name): _scheme(str(name), group) for name, group in raw.items()}
-    return _resolve_with_library(recipe)
-
-
-def _scheme(name: str, raw: dict[str, Any]) -> Scheme:
-    try:
-        return Scheme.model_validate(raw)
-    except ValidationError as error:
-        details = _explain(error, f"recipe: config_groups.{name}")
-        details["what"] = details["what"].replace("config", "recipe", 1)
-        if details["what"].startswith("Unknown"):
-            details["expected"] = "only fields of llmcompressor's config groups, which are compressed-tensors' own"
-        raise RecipeError(**details) from error
-
-
-def _resolve_with_library(recipe: dict[str, Any]) -> dict[str, Scheme]:
-    """Let llmcompressor expand presets (`scheme: NVFP4`) and observer shorthands (imports it: seconds)."""
-    from llmcompressor.recipe import Recipe
-
-    try:
-        modifier = Recipe.from_dict(deepcopy(recipe)).modifiers[0]
-        groups = modifier.resolved_config.config_groups
-    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        found = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else error
-        raise RecipeError("llmcompressor refuses this recipe", where="recipe", found=found) from error
-    return {name: _scheme(name, group.model_dump(mode="json", exclude_unset=True)) for name, group in groups.items()}

@@ -25,10 +25,9 @@ from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, bala
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
-from dsv4q.errors import Dsv4qError, SourceError
+from dsv4q.errors import Dsv4qError, SourceError, first_problem
 from dsv4q.host import free_bytes, stoppable
 from dsv4q.layout import Dims, source_tensors
-from dsv4q.plan.plan import first_problem
 from dsv4q.plan.small_files import write_plain_files
 from dsv4q.verify.required import require_verified
 

@@ -6,7 +6,9 @@ A plain Python exception that reaches the command line is a defect of ours, neve
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self, TypeVar
 
 
 class Dsv4qError(Exception):
@@ -37,6 +39,29 @@ class Dsv4qError(Exception):
         self.found = None if found is None else str(found)
         self.hint = hint
         super().__init__(self.text())
+
+    def but(
+        self,
+        what: str | None = None,
+        *,
+        where: str | Path | None = None,
+        expected: object | None = None,
+        found: object | None = None,
+        hint: str | None = None,
+    ) -> Self:
+        """The same error with these details in place of its own; None keeps what it has.
+
+        Its cause and its traceback go along. So `raise error.but(where=...)` shows where it first arose, once.
+        """
+        changed = type(self)(
+            self.what if what is None else what,
+            where=self.where if where is None else where,
+            expected=self.expected if expected is None else expected,
+            found=self.found if found is None else found,
+            hint=self.hint if hint is None else hint,
+        )
+        changed.__cause__ = self.__cause__
+        return changed.with_traceback(self.__traceback__)
 
     @property
     def kind(self) -> str:
@@ -126,3 +151,21 @@ class VerificationFailed(Dsv4qError):
     """The artifact differs from what it must be."""
 
     exit_code = 3
+
+
+E = TypeVar("E", bound=Dsv4qError)
+
+
+def first_problem(problems: Sequence[E], see: str, others: Callable[[int], str] = "{} more problem(s);".format) -> E:
+    """The first problem, to be raised; its hint tells how many more there are and what lists them.
+
+    Args:
+        problems: at least one; they stay as they are.
+        see: what lists them all, the end of a sentence that `others` begins with their number.
+        others: that beginning.
+    """
+    first, more = problems[0], len(problems) - 1
+    if not more:
+        return first
+    also = f"{others(more)} {see}"
+    return first.but(hint=f"{first.hint}; {also}" if first.hint else also)

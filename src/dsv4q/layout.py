@@ -386,7 +386,7 @@ def source_tensors(dims: Dims) -> list[TensorSpec]:
     return specs
 
 
-def load_config(path: Path) -> dict[str, Any]:
+def load_model_config(path: Path) -> dict[str, Any]:
     """Parse a config.json (`path` is the file or the folder that holds it).
 
     Raises:

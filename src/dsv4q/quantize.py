@@ -19,18 +19,18 @@ from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.writer import check_finished_shards
 from dsv4q.config import Config
 from dsv4q.console import Console
-from dsv4q.errors import DataError, Dsv4qError
+from dsv4q.errors import first_problem
 from dsv4q.host import free_bytes
-from dsv4q.plan.plan import Plan, first_problem, make_plan, with_problem
+from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report
 from dsv4q.report.page.write import Job as ReportJob
 from dsv4q.report.page.write import write_page_of_run, write_report
+from dsv4q.run.calibration import data_problem, load_data
 from dsv4q.run.run import Run, run_blocks, run_device, same_threads
 from dsv4q.verify.required import require_verified
 
 if TYPE_CHECKING:
-    from dsv4q.data.tokens import CalibrationData, DataSpec
     from dsv4q.run.ranks import Ranks
 
 
@@ -61,7 +61,7 @@ def _plan(job: Job, source: Checkpoint) -> Plan:
     free = free_bytes(job.out)
     plan = make_plan(source, job.config, free_disk=free)
     disk = disk_problem(job.out, plan.estimate.disk, free)
-    for problem in (place_problem(job.out), disk, _data_problem(job)):
+    for problem in (place_problem(job.out), disk, data_problem(job.config, job.source)):
         plan = with_problem(plan, problem)
     return plan
 
@@ -80,7 +80,10 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         from dsv4q.run.ranks import ranks
 
         with ranks(job.device) as here:
-            return _quantize(job, plan, source, here, console)
+            report = _quantize(job, plan, source, here, console)
+    if here.is_leader:
+        require_verified(job.out)
+    return report
 
 
 def _quantize(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks, console: Console) -> dict[str, Any]:
@@ -91,7 +94,6 @@ def _quantize(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks, console: C
     ranks.wait_for_all()
     if ranks.from_leader(is_finished(job.out)):
         report = already_there(job.out, identity, resume=job.resume)
-        require_verified(job.out)
         if ranks.is_leader and not (job.out / PAGE).exists():
             write_report(ReportJob(job.out))
         return report
@@ -115,7 +117,7 @@ def begin(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks) -> Run:
     """All that the run works with; what takes seconds begins here."""
     now = time.time()
     device = run_device(ranks.device_name(job.device), plan)
-    data = _load_data(job, plan)
+    data = load_data(job.config, job.source, plan.dims.vocab)
     finished = finished_report(job.out)
     same_threads(finished["identity"] if finished else Journal.identity_of(job.out) if job.resume else None)
     return Run(job.out, plan, source, data, device, ranks, begin=now)
@@ -135,50 +137,3 @@ def _journal(job: Job, run: Run, identity: dict[str, Any], console: Console) -> 
         journal.close()
         raise
     return journal
-
-
-def data_spec(job: Job) -> tuple[DataSpec, Path] | None:
-    """What to calibrate on, and the folder that a relative path in the config is relative to."""
-    from dsv4q.data.tokens import DataSpec
-
-    wanted = job.config.calibration
-    if wanted is None or not job.config.needs_data:
-        return None
-    spec = DataSpec(
-        dataset=wanted.dataset,
-        split=wanted.split,
-        samples=wanted.samples,
-        max_length=wanted.max_length,
-        micro_batch=wanted.micro_batch,
-        seed=wanted.seed,
-        chat_mode=wanted.chat_mode,
-    )
-    here = Path.cwd()
-    return spec, here if (here / wanted.dataset).exists() else job.source
-
-
-def _data_problem(job: Job) -> Dsv4qError | None:
-    from dsv4q.data.tokens import check_data
-
-    wanted = data_spec(job)
-    if wanted is None:
-        return None
-    spec, base = wanted
-    try:
-        check_data(spec, base)
-    except DataError as error:
-        if not Path(spec.dataset).is_absolute() and not (base / spec.dataset).exists():
-            error.where = spec.dataset
-            error.hint = f"a relative path is looked for in {Path.cwd()}, then in {job.source}"
-        return error
-    return None
-
-
-def _load_data(job: Job, plan: Plan) -> CalibrationData | None:
-    from dsv4q.data.tokens import load_calibration, load_tokenizer
-
-    wanted = data_spec(job)
-    if wanted is None:
-        return None
-    spec, base = wanted
-    return load_calibration(spec, load_tokenizer(job.source), base, vocab_size=plan.dims.vocab)

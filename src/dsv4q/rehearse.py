@@ -7,7 +7,6 @@ thread of its own (`verify/shard.py`) and then deleted, so that the disk need is
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -24,21 +23,21 @@ from dsv4q.checkpoint.pipes import BUDGET
 from dsv4q.checkpoint.writer import ShardWriter
 from dsv4q.config import Config
 from dsv4q.console import Console, human_bytes
-from dsv4q.errors import OutputError, ResumeError, UsageError
+from dsv4q.errors import OutputError, ResumeError, UsageError, first_problem
 from dsv4q.host import free_bytes, stoppable
-from dsv4q.layout import Dims, load_config
+from dsv4q.layout import Dims, load_model_config
 from dsv4q.made_up.generated import GeneratedCheckpoint
 from dsv4q.plan.needs import Estimate
-from dsv4q.plan.plan import Plan, first_problem, make_plan, with_problem
+from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
-from dsv4q.quantize import Job, data_spec
 from dsv4q.report.build import build_report
 from dsv4q.report.rehearsal import rehearsal_result
+from dsv4q.run.calibration import data_wanted, load_data
 from dsv4q.run.run import Run, run_blocks, run_device
 from dsv4q.verify.judge import verify_headers
 
 if TYPE_CHECKING:
-    from dsv4q.data.tokens import CalibrationData, DataSpec
+    from dsv4q.data.tokens import CalibrationData
 
 FLASH = Path(__file__).parent / "releases" / "deepseek-v4-flash"
 """Folder with the config.json of DeepSeek-V4-Flash."""
@@ -84,7 +83,7 @@ def prepare(rehearsal: Rehearsal) -> Prepared:
         UsageError: more layers than there are, or fewer than one.
     """
     _check_out(rehearsal)
-    whole_config = load_config(rehearsal.source)
+    whole_config = load_model_config(rehearsal.source)
     config_file = rehearsal.folder / "config.json" if rehearsal.source.is_dir() else rehearsal.source
     dims = Dims.from_config(whole_config, config_file)
     layers = chosen_layers(dims, rehearsal.layers)
@@ -251,9 +250,9 @@ def calibration(rehearsal: Rehearsal, plan: Plan) -> CalibrationData | None:
     Raises:
         DataError: local data that cannot be used.
     """
-    from dsv4q.data.tokens import load_calibration, load_tokenizer
+    from dsv4q.made_up.tokens import random_tokens
 
-    wanted = data_spec(Job(rehearsal.folder, rehearsal.out, rehearsal.config))
+    wanted = data_wanted(rehearsal.config, rehearsal.folder)
     if wanted is None:
         return None
     spec, base = wanted
@@ -261,25 +260,7 @@ def calibration(rehearsal: Rehearsal, plan: Plan) -> CalibrationData | None:
         return random_tokens(spec, plan.dims.vocab, f"{spec.dataset} is not a local file or folder")
     if not (rehearsal.folder / "tokenizer.json").is_file():
         return random_tokens(spec, plan.dims.vocab, f"{rehearsal.folder} has no tokenizer.json")
-    return load_calibration(spec, load_tokenizer(rehearsal.folder), base, vocab_size=plan.dims.vocab)
-
-
-def random_tokens(spec: DataSpec, vocab: int, reason: str) -> CalibrationData:
-    """Token ids below `vocab`, a function of the spec alone, in the micro-batches that real data would have."""
-    import numpy as np
-    import torch
-
-    from dsv4q.data.tokens import CalibrationData
-
-    rng = np.random.Generator(np.random.Philox(key=spec.seed))
-    ids = rng.integers(0, vocab, (spec.samples, spec.max_length), dtype=np.int64)
-    batches = [ids[i : i + spec.micro_batch] for i in range(0, spec.samples, spec.micro_batch)]
-    digest = hashlib.sha256()
-    for batch in batches:
-        digest.update(f"{len(batch)}x{spec.max_length}:".encode())
-        digest.update(batch.astype("<i8").tobytes())
-    tensors = tuple(torch.from_numpy(batch.copy()) for batch in batches)
-    return CalibrationData(tensors, spec.tokens, 0, digest.hexdigest(), f"random token ids, for {reason}")
+    return load_data(rehearsal.config, rehearsal.folder, plan.dims.vocab)
 
 
 def _announcement(rehearsal: Rehearsal, prepared: Prepared, data: CalibrationData | None) -> str:

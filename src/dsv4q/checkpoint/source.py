@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.files import AGAIN, fill, open_regular, opened, read_at
 from dsv4q.checkpoint.headers import MAX_HEADER, Findings, Shard, TensorEntry, few, read_shard, shown, strict_json
-from dsv4q.errors import SourceError
-from dsv4q.layout import DTYPE_BYTES, load_config
+from dsv4q.errors import SourceError, first_problem
+from dsv4q.layout import DTYPE_BYTES, load_model_config
 
 if TYPE_CHECKING:
     import torch
@@ -330,7 +330,7 @@ def scan(path: Path) -> Checkpoint:
     Raises:
         SourceError: config.json absent or unreadable. Every other problem goes into `Checkpoint.problems`.
     """
-    config = load_config(path)
+    config = load_model_config(path)
     if not path.is_dir():
         return Checkpoint(path.parent, config, {}, {}, (), has_weights=False, config_file=path)
     findings = Findings(path)
@@ -424,14 +424,13 @@ def require_sound(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     Raises:
         SourceError: the first problem; its hint tells how many more there are.
     """
-    if not checkpoint.problems:
-        return checkpoint
-    first, more = checkpoint.problems[0], len(checkpoint.problems) - 1
-    also = f"there {'is' if more == 1 else 'are'} {more} more problem{'s' * (more != 1)}: `dsv4q plan {path}` shows all"
-    hints = [hint for hint in (first.hint, also if more else None) if hint]
-    raise SourceError(
-        first.what, where=first.where, expected=first.expected, found=first.found, hint="; ".join(hints) or None
-    )
+    if checkpoint.problems:
+        raise first_problem(checkpoint.problems, f"`dsv4q plan {path}` shows all", _there_are)
+    return checkpoint
+
+
+def _there_are(more: int) -> str:
+    return f"there {'is' if more == 1 else 'are'} {more} more problem{'s' * (more != 1)}:"
 
 
 def require_weights(checkpoint: Checkpoint) -> None:

@@ -2,7 +2,7 @@
 
 Everything here is a function of the DataSpec, the rows and the tokenizer: no clock, no rank, no cache.
 
-Rows (`rows.py`): each has `messages` (a list of {role, content}) or, if it has none, `text`.
+Rows (`rows.py`, `files.py`): each has `messages` (a list of {role, content}) or, if it has none, `text`.
 Order: a Fisher-Yates shuffle of the row numbers, driven by `random.Random(seed).random()`, whose sequence Python
 promises to keep in later versions.
 Packing: padding tokens would enter the activation statistics, so there are none. A sample begins with a fresh
@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.data.rows import Rows, check_columns, first_rows, open_rows
+from dsv4q.data.files import Rows, check_columns
+from dsv4q.data.rows import first_rows, open_rows
+from dsv4q.data.spec import DataSpec, Wording
 from dsv4q.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,43 +36,6 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, THINK_END = "<think>", "</think>"
 
 CHAT_MODES = ("chat", "thinking")
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """What calibration data a config asks for.
-
-    Raises:
-        DataError: a number below 1 (the seed: below 0), an unknown chat mode.
-    """
-
-    dataset: str
-    """Hub id, folder or file; a relative path starts at `base` of the functions below, else at the current folder."""
-    split: str | None
-    """Split of a hub dataset or a folder. A single file has none, and there it has no effect."""
-    samples: int
-    max_length: int
-    """Tokens of each sample."""
-    micro_batch: int
-    """Samples of each batch; the last one may have fewer."""
-    seed: int
-    chat_mode: str
-    """`chat` or `thinking`, see `encode_chat`."""
-
-    def __post_init__(self) -> None:
-        for key, least in (("samples", 1), ("max_length", 1), ("micro_batch", 1), ("seed", 0)):
-            if getattr(self, key) < least:
-                raise DataError(
-                    "The calibration cannot have this value",
-                    where=f"calibration.{key}",
-                    expected=f"at least {least}",
-                    found=getattr(self, key),
-                )
-        _check_mode(self.chat_mode)
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.max_length
 
 
 @dataclass(frozen=True)
@@ -185,7 +150,7 @@ def load_calibration(
     """
     import torch
 
-    rows = open_rows(spec.dataset, spec.split, base)
+    rows = open_rows(spec, base)
     conversations = _Conversations(rows, spec, tokenizer)
     samples = list(_pack(conversations, spec))
     if vocab_size is not None:
@@ -211,8 +176,8 @@ def check_data(spec: DataSpec, base: Path | None = None) -> None:
     Raises:
         DataError: see above.
     """
-    for row, where in first_rows(spec.dataset, spec.split, base):
-        _row_text(row, where, "chat")
+    for row, where in first_rows(spec, base):
+        _row_text(row, where, "chat", spec.words)
 
 
 def _pack(conversations: _Conversations, spec: DataSpec) -> Iterator[array[int]]:
@@ -224,12 +189,12 @@ def _pack(conversations: _Conversations, spec: DataSpec) -> Iterator[array[int]]
             ids = next(stream, None)
             if ids is None:
                 raise DataError(
-                    "The calibration data is too short",
+                    f"The {spec.words.purpose} data is too short",
                     where=conversations.rows.name,
                     expected=f"{spec.samples} samples of {spec.max_length} tokens = {spec.tokens} tokens",
                     found=f"{done} full samples, {done * spec.max_length + len(sample)} tokens "
                     f"from {conversations.used} conversations, each sample beginning with a fresh one",
-                    hint="give more data, or lower calibration.samples or calibration.max_length",
+                    hint=f"give more data, or lower {spec.words.samples} or {spec.words.max_length}",
                 )
             sample.extend(ids)
         yield sample[: spec.max_length]
@@ -244,7 +209,7 @@ class _Conversations:
 
     def __iter__(self) -> Iterator[array[int]]:
         for i in _shuffled(len(self.rows), self.spec.seed):
-            text = _row_text(self.rows.row(i), self.rows.where(i), self.spec.chat_mode)
+            text = _row_text(self.rows.row(i), self.rows.where(i), self.spec.chat_mode, self.spec.words)
             if text:
                 self.used += 1
                 yield array("q", self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -262,7 +227,7 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
         yield chosen
 
 
-def _row_text(row: object, where: str, mode: str) -> str:
+def _row_text(row: object, where: str, mode: str, words: Wording) -> str:
     """Text of a row with its special tokens; empty if the row has nothing but blank text."""
     if not isinstance(row, Mapping):
         raise DataError("A row is not an object", where=where, expected="messages or text", found=repr(row)[:120])
@@ -270,10 +235,9 @@ def _row_text(row: object, where: str, mode: str) -> str:
         try:
             text = encode_chat(row["messages"], mode)
         except DataError as error:
-            place = f"{where}: {error.where}"
-            raise DataError(error.what, where=place, expected=error.expected, found=error.found) from error
+            raise error.but(where=f"{where}: {error.where}") from error.__cause__
     else:
-        check_columns(list(row), where)
+        check_columns(list(row), where, words)
         plain = row.get("text")
         if not isinstance(plain, str):
             raise DataError("A row has no text", where=f"{where}: text", expected="a string", found=repr(plain)[:120])

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from dsv4q.data.rows import FILE_TYPES
-from dsv4q.data.tokens import BOS, CalibrationData, DataSpec, load_calibration, load_tokenizer
+from dsv4q.data.files import FILE_TYPES
+from dsv4q.data.spec import DataSpec, Wording
+from dsv4q.data.tokens import BOS, CalibrationData, load_calibration, load_tokenizer
 from dsv4q.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ DEFAULTS = ("heldout.jsonl", "heldout.txt", "chat_samples.jsonl")
 """Looked for in the reference's folder, in this order, when no data is named."""
 LEAST_LENGTH = 4
 """Two draft steps need a token, its successor and the two that are drafted."""
-_IN_OUR_WORDS = {"calibration.samples": "--samples", "calibration.max_length": "--length", "calibration": "evaluation"}
 _CHARACTERS_PER_TOKEN = 8
 
 
@@ -53,6 +53,19 @@ class DataRequest:
                 raise UsageError(
                     "The evaluation cannot have this value", where=option, expected=f"at least {least}", found=value
                 )
+
+
+class EvaluationSpec(DataSpec):
+    """Conversations to evaluate on. The user sets by options what a config sets for a calibration."""
+
+    words: ClassVar[Wording] = Wording(
+        purpose="evaluation",
+        dataset="--data",
+        samples="--samples",
+        max_length="--length",
+        split="calibration.split",
+        choose_split="set evaluation.split to one of those found",
+    )
 
 
 def load_data(request: DataRequest, reference: Path, artifact: Path, vocab_size: int) -> CalibrationData:
@@ -100,32 +113,14 @@ def _check_same_tokenizer(tokenizer: Tokenizer, reference: Path, artifact: Path)
 
 
 def _conversations(request: DataRequest, file: Path, tokenizer: Tokenizer, vocab_size: int) -> CalibrationData:
-    spec = DataSpec(
+    spec = EvaluationSpec(
         dataset=str(file.absolute()),
-        split=None,
         samples=request.samples,
         max_length=request.length,
         micro_batch=request.micro_batch,
         seed=0,
-        chat_mode="chat",
     )
-    try:
-        return load_calibration(spec, tokenizer, None, vocab_size=vocab_size)
-    except DataError as error:
-        raise DataError(
-            str(_ours(error.what)),
-            where=_ours(error.where),
-            expected=error.expected,
-            found=error.found,
-            hint=_ours(error.hint),
-        ) from error
-
-
-def _ours(text: str | None) -> str | None:
-    """The loader speaks of the config's keys; here the same things are options."""
-    for theirs, ours in _IN_OUR_WORDS.items():
-        text = None if text is None else text.replace(theirs, ours)
-    return text
+    return load_calibration(spec, tokenizer, None, vocab_size=vocab_size)
 
 
 def _plain_text(request: DataRequest, file: Path, tokenizer: Tokenizer, vocab_size: int) -> CalibrationData:

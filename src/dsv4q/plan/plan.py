@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -238,16 +238,6 @@ def _artifact_config(source: dict[str, Any], config: Config, dims: Dims, group_o
         result["num_nextn_predict_layers"] = 0
     result["quantization_config"] = published_config(config.groups, group_of, dims, QUANTIZATION_VERSION)
     return result
-
-
-def first_problem(problems: Sequence[Dsv4qError], see: str) -> Dsv4qError:
-    """The first problem; its hint tells how many more there are, and `see` what lists them."""
-    error = problems[0]
-    if len(problems) > 1:
-        more = f"{len(problems) - 1} more problem(s); {see}"
-        error.hint = f"{error.hint}; {more}" if error.hint else more
-        error.args = (error.text(),)
-    return error
 
 
 def with_problem(plan: Plan, problem: Dsv4qError | None) -> Plan:

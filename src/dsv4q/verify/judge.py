@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4q.errors import SourceError
-from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, load_config, source_tensors
+from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, load_model_config, source_tensors
 from dsv4q.verify.config import FP8, Scheme, judge_config
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_shards
 from dsv4q.verify.result import Difference, ErrorStats, Log, VerifyResult
@@ -104,7 +104,7 @@ def verify(
 def _survey(artifact: Path, log: Log) -> tuple[Survey, Headers]:
     if not artifact.is_dir():
         raise SourceError("There is no artifact folder here", where=artifact, hint="give the folder with config.json")
-    config = load_config(artifact)
+    config = load_model_config(artifact)
     dims = Dims.from_config(config, artifact / "config.json")
     specs = source_tensors(dims)
     headers = read_shards(artifact, log)

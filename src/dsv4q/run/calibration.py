@@ -1,0 +1,48 @@
+"""The calibration data that a config asks for, looked for beside the user and beside the source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsv4q.config import Config
+from dsv4q.data.spec import Calibration
+from dsv4q.data.tokens import CalibrationData, check_data, load_calibration, load_tokenizer
+from dsv4q.errors import DataError
+
+
+def data_wanted(config: Config, source: Path) -> tuple[Calibration, Path] | None:
+    """What to calibrate on, and the folder that a relative path in it is relative to; None: no data are needed."""
+    wanted = config.calibration
+    if wanted is None or not config.needs_data:
+        return None
+    here = Path.cwd()
+    return wanted, here if (here / wanted.dataset).exists() else source
+
+
+def data_problem(config: Config, source: Path) -> DataError | None:
+    """What is wrong with the data, as far as a first look tells."""
+    wanted = data_wanted(config, source)
+    if wanted is None:
+        return None
+    spec, base = wanted
+    try:
+        check_data(spec, base)
+    except DataError as error:
+        if not Path(spec.dataset).is_absolute() and not (base / spec.dataset).exists():
+            looked = f"a relative path is looked for in {Path.cwd()}, then in {source}"
+            return error.but(where=spec.dataset, hint=looked)
+        return error
+    return None
+
+
+def load_data(config: Config, source: Path, vocab: int) -> CalibrationData | None:
+    """The token batches; None: no data are needed.
+
+    Raises:
+        DataError: data or tokenizer cannot be used.
+    """
+    wanted = data_wanted(config, source)
+    if wanted is None:
+        return None
+    spec, base = wanted
+    return load_calibration(spec, load_tokenizer(source), base, vocab_size=vocab)
