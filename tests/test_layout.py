@@ -12,17 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.errors import SourceError
-from dsv4q.layout import (
-    MAX_COUNT,
-    Dims,
-    Role,
-    TensorSpec,
-    layer_tensors,
-    load_model_config,
-    mtp_tensors,
-    source_tensors,
-)
+from dsv4q.layout import MAX_COUNT, Dims, Role, TensorSpec, layer_tensors, mtp_tensors, source_tensors
 from runs import FLASH
 
 CONFIG = load_model_config(FLASH)

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.data.spec import DataSpec
 from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.errors import ConfigError, OutputError
-from dsv4q.layout import TensorSpec, load_model_config, source_tensors
+from dsv4q.layout import TensorSpec, source_tensors
 from dsv4q.made_up import toy as toy_module
 from dsv4q.made_up.toy import (
     RANDOM,

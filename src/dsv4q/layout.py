@@ -14,7 +14,6 @@ Sources: transformers 5.17 `models/deepseek_v4/modeling_deepseek_v4.py` (modules
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +34,6 @@ DTYPE_BYTES = {
 
 Shape = tuple[int, ...]
 
-MAX_CONFIG = 16 << 20
-"""Longest config.json that is read, in bytes."""
 MAX_SIZE, MAX_COUNT = 1 << 24, 1 << 12
 """Largest width, and most layers or experts, of a config.json: far above any model, and the tables below stay small."""
 
@@ -384,41 +381,6 @@ def source_tensors(dims: Dims) -> list[TensorSpec]:
     for index in range(dims.mtp_layers):
         specs += mtp_tensors(dims, index)
     return specs
-
-
-def load_model_config(path: Path) -> dict[str, Any]:
-    """Parse a config.json (`path` is the file or the folder that holds it).
-
-    Raises:
-        SourceError: absent, unreadable, too large, not JSON, not an object.
-    """
-    try:
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            raise SourceError(
-                "There is no config.json here",
-                where=file,
-                hint="give a checkpoint folder, or a folder or file with just a config.json",
-            )
-        size = file.stat().st_size
-        if size > MAX_CONFIG:
-            raise SourceError(
-                "This is too large to be a config.json",
-                where=file,
-                expected=f"at most {MAX_CONFIG:,} bytes",
-                found=f"{size:,} bytes",
-                hint="give the checkpoint folder, not one of its shards",
-            )
-        raw = file.read_bytes()
-    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
-        raise SourceError("config.json cannot be read", where=path, found=error) from error
-    try:
-        config = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # an integer of more than 4,300 digits is a plain ValueError
-        raise SourceError("config.json is not valid JSON", where=file, found=error) from error
-    if not isinstance(config, dict):
-        raise SourceError("config.json is not a JSON object", where=file, found=type(config).__name__)
-    return config
 
 
 def class_name(spec: TensorSpec) -> str:

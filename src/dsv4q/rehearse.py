@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.files import WORK, write_atomic
+from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.output import check_output, disk_problem, place_problem
 from dsv4q.checkpoint.pipes import BUDGET
@@ -25,7 +26,7 @@ from dsv4q.config import Config
 from dsv4q.console import Console, human_bytes
 from dsv4q.errors import OutputError, ResumeError, UsageError, first_problem
 from dsv4q.host import free_bytes, stoppable
-from dsv4q.layout import Dims, load_model_config
+from dsv4q.layout import Dims
 from dsv4q.made_up.generated import GeneratedCheckpoint
 from dsv4q.plan.needs import Estimate
 from dsv4q.plan.plan import Plan, make_plan, with_problem

@@ -9,30 +9,33 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import posixpath
-import re
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.checkpoint.files import AGAIN, fill, open_regular, opened, read_at
-from dsv4q.checkpoint.headers import MAX_HEADER, Findings, Shard, TensorEntry, few, read_shard, shown, strict_json
+from dsv4q.checkpoint.files import AGAIN, INDEX, fill, open_regular, read_at
+from dsv4q.checkpoint.folder import (
+    check_lone_files,
+    check_places,
+    check_strays,
+    folder_files,
+    is_readable,
+    load_model_config,
+    promise,
+    read_index,
+    usable_files,
+)
+from dsv4q.checkpoint.headers import MAX_HEADER, Findings, TensorEntry, read_shard, shown
 from dsv4q.errors import SourceError, first_problem
-from dsv4q.layout import DTYPE_BYTES, load_model_config
+from dsv4q.layout import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-MAX_INDEX = 256 << 20
 SAMPLES, SAMPLE_BYTES = 16, 4096
-
-_SERIES = re.compile(r"(?P<prefix>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
-_ONE_REVISION = "download index and shards again, of one revision"
 
 
 # ------------------------------------------------------------------------------------------------ checkpoint
@@ -201,123 +204,6 @@ def _sample_extents(begin: int, end: int) -> list[tuple[int, int]]:
     return [(begin + room * i // (SAMPLES - 1), SAMPLE_BYTES) for i in range(SAMPLES)]
 
 
-# ------------------------------------------------------------------------------------------------ index
-
-
-@dataclass(frozen=True)
-class _Index:
-    weight_map: dict[str, str]
-    total_size: object | None
-
-
-def _read_index(findings: Findings) -> _Index | None:
-    """The index, less what is unusable in it; None when it is absent or useless."""
-    path = findings.root / INDEX
-    if not os.path.lexists(path):
-        return None
-    try:
-        with opened(path) as (handle, size):
-            raw = read_at(handle, 0, min(size, MAX_INDEX + 1), path)
-        if len(raw) > MAX_INDEX:
-            found, most = f"{size:,} bytes", f"at most {MAX_INDEX:,} bytes"
-            raise SourceError("The index is too large to be one", where=path, expected=most, found=found, hint=AGAIN)
-        value = strict_json(raw, "The index", INDEX, findings)
-    except SourceError as error:
-        findings.add_error(error)
-        return None
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(value, dict) or not isinstance(weight_map, dict) or not weight_map:
-        found = "no such key" if weight_map is None else shown(repr(weight_map))
-        findings.add("The index has no weight_map", INDEX, expected="an object: tensor name -> file name", found=found)
-        return None
-    for name, file in weight_map.items():
-        if not isinstance(file, str):
-            what = "The index gives no file name for a tensor"
-            findings.add(what, INDEX, tensor=name, expected="a string", found=shown(repr(file)))
-    metadata = value.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return _Index({n: f for n, f in weight_map.items() if isinstance(f, str)}, total)
-
-
-def _bad_file_name(file: str) -> str | None:
-    """Why this file name cannot be followed, or None."""
-    reasons = {
-        "it has a backslash, NUL or another unprintable character": not file.isprintable() or "\\" in file,
-        "it is an absolute path": file.startswith("/"),
-        "it climbs out of the folder": ".." in file.split("/"),
-        "it is not a .safetensors file": not file.endswith(".safetensors"),
-        "it is not in its plain form": posixpath.normpath(file) != file,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _usable_files(files: Iterable[str], findings: Findings, named_in: str) -> list[str]:
-    """Those of `files` that stay inside the folder; the others become problems."""
-    usable, links = [], []
-    real_root = os.path.realpath(findings.root)
-    for file in files:
-        reason = _bad_file_name(file)
-        if reason is not None:
-            findings.add(
-                "A shard's file name is refused",
-                named_in,
-                expected="the name of a .safetensors file inside the checkpoint folder",
-                found=f"{shown(file)}: {reason}",
-                hint="correct the index, or download the checkpoint again",
-            )
-            continue
-        real = os.path.realpath(findings.root / file)
-        if os.path.commonpath([real_root, real]) == real_root:
-            usable.append(file)
-        else:
-            links.append(f"{shown(file)} -> {shown(real)}")
-    if links:
-        lead = "A symbolic link leads" if len(links) == 1 else f"{len(links)} symbolic links lead"
-        findings.add(
-            f"{lead} out of the checkpoint folder",
-            "",
-            expected="shards inside the folder",
-            found=few(links),
-            hint="make real files of them: `cp -rL FOLDER NEW_FOLDER`, or `hf download … --local-dir NEW_FOLDER`",
-        )
-    return usable
-
-
-def _folder_files(root: Path) -> list[str]:
-    """Names of the safetensors files that lie in the folder, whatever they are; hidden ones are not a checkpoint's."""
-    try:
-        return sorted(n for n in os.listdir(root) if n.endswith(".safetensors") and not n.startswith("."))
-    except OSError as error:
-        raise SourceError("The checkpoint folder cannot be read", where=root, found=error) from error
-
-
-def _check_lone_files(files: Sequence[str], findings: Findings) -> None:
-    """Without an index, only a single shard that is not one of a series is a whole checkpoint."""
-    series = _SERIES.fullmatch(files[0])
-    if len(files) > 1 or (series is not None and int(series["total"][:9]) > 1):
-        findings.add(
-            "The index is missing",
-            INDEX,
-            expected=f"{INDEX} beside {len(files)} shard{'s' if len(files) > 1 else ' of a series'}",
-            found=few([shown(f) for f in files]),
-            hint="download the index; without it nobody can tell whether a shard is missing",
-        )
-
-
-def _check_strays(on_disk: Sequence[str], named: Collection[str], findings: Findings) -> None:
-    """A shard of the index's own series that the index does not name: index and shards are of two downloads."""
-    series = {(m["prefix"], m["total"]) for m in map(_SERIES.fullmatch, named) if m}
-    for file in on_disk:
-        match = _SERIES.fullmatch(file)
-        if file not in named and match and (match["prefix"], match["total"]) in series:
-            findings.add(
-                "A shard of the series is not named by the index",
-                file,
-                expected=f"every {match['prefix']}-*-of-{match['total']}.safetensors in {INDEX}",
-                hint="download the index again, or remove the file if it is a leftover",
-            )
-
-
 # ------------------------------------------------------------------------------------------------ scan
 
 
@@ -334,23 +220,23 @@ def scan(path: Path) -> Checkpoint:
     if not path.is_dir():
         return Checkpoint(path.parent, config, {}, {}, (), has_weights=False, config_file=path)
     findings = Findings(path)
-    index = _read_index(findings)
-    has_index, on_disk = os.path.lexists(path / INDEX), _folder_files(path)
+    index = read_index(findings)
+    has_index, on_disk = os.path.lexists(path / INDEX), folder_files(path)
     weight_map = {} if index is None else index.weight_map
     promised = Counter(weight_map.values())
-    files = _usable_files(on_disk if index is None else promised, findings, "" if index is None else INDEX)
+    files = usable_files(on_disk if index is None else promised, findings, "" if index is None else INDEX)
     if index is not None:
-        _check_strays(on_disk, promised, findings)
+        check_strays(on_disk, promised, findings)
     elif on_disk and not has_index:
-        _check_lone_files(on_disk, findings)
-    read = [read_shard(file, _promise(promised[file]), findings) for file in sorted(files)]
+        check_lone_files(on_disk, findings)
+    read = [read_shard(file, promise(promised[file]), findings) for file in sorted(files)]
     shards = {shard.file: shard for shard in read if shard is not None}
-    _check_places(index, shards, findings)
+    check_places(index, shards, findings)
     tensors: dict[str, TensorEntry] = {}
     for shard in shards.values():  # of a tensor in two shards, the one that the index means; else the first
         tensors |= {n: e for n, e in shard.entries.items() if n not in tensors or weight_map.get(n) == shard.file}
     hidden = {n for shard in shards.values() for n in shard.unusable}
-    hidden |= {n for n, file in weight_map.items() if not _is_readable(shards, file)}
+    hidden |= {n for n, file in weight_map.items() if not is_readable(shards, file)}
     return Checkpoint(
         path,
         config,
@@ -361,52 +247,6 @@ def scan(path: Path) -> Checkpoint:
         config_file=path / "config.json",
         unread=frozenset(hidden - tensors.keys()),
     )
-
-
-def _promise(count: int) -> str | None:
-    """What should be in a shard in which the index puts `count` tensors."""
-    return f"a shard with {count:,} tensor{'s' * (count != 1)}, as {INDEX} says" if count else None
-
-
-def _is_readable(shards: dict[str, Shard], file: str) -> bool:
-    return file in shards and shards[file].readable
-
-
-def _check_places(index: _Index | None, shards: dict[str, Shard], findings: Findings) -> None:
-    """Each tensor lies in one shard, and index and headers say the same: no name more, no name fewer."""
-    holders: dict[str, list[str]] = defaultdict(list)
-    for shard in shards.values():
-        for name in (*shard.entries, *shard.unusable):
-            holders[name].append(shard.file)
-    for name, files in holders.items():
-        for file in files[1:]:
-            found = f"also in {shown(files[0])}"
-            what = "A tensor lies in two shards"
-            findings.add(what, file, tensor=name, expected="one", found=found, hint=_ONE_REVISION)
-        if index is not None and name not in index.weight_map:
-            what = "A shard has a tensor that the index does not name"
-            findings.add(what, files[0], tensor=name, hint=_ONE_REVISION)
-    if index is None:
-        return
-    for name, file in index.weight_map.items():
-        if file not in holders[name] and _is_readable(shards, file):
-            found = f"in {few([shown(f) for f in holders[name]])}" if holders[name] else "in no shard"
-            findings.add("The index puts a tensor where it is not", file, tensor=name, expected="here", found=found)
-    _check_total(index, shards, findings)
-
-
-def _check_total(index: _Index, shards: dict[str, Shard], findings: Findings) -> None:
-    whole = all(_is_readable(shards, file) and not shards[file].unusable for file in set(index.weight_map.values()))
-    total = sum(entry.nbytes for shard in shards.values() for entry in shard.entries.values())
-    # Old transformers releases wrote the number as a float, so numbers are compared, not types.
-    if index.total_size is not None and whole and (isinstance(index.total_size, bool) or index.total_size != total):
-        findings.add(
-            "The index's total_size is not the size of the tensors",
-            f"{INDEX}: metadata.total_size",
-            expected=f"{total:,} bytes",
-            found=shown(repr(index.total_size)),
-            hint=_ONE_REVISION,
-        )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.errors import SourceError
-from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, load_model_config, source_tensors
+from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
 from dsv4q.verify.config import FP8, Scheme, judge_config
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_shards
 from dsv4q.verify.result import Difference, ErrorStats, Log, VerifyResult
