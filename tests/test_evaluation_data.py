@@ -190,3 +190,17 @@ def test_the_command_names_a_data_set_that_is_not_there_by_its_own_path(
     assert (
         f"There is no such data set\n  where: {tmp_path / 'calibration' / 'none.jsonl'}\n  expected: a JSONL" in found
     )
+
+
+def test_a_saved_data_set_of_several_splits_is_refused_with_a_way_that_the_command_knows(
+    source: Path, tmp_path: Path
+) -> None:
+    from datasets import Dataset, DatasetDict
+
+    table = Dataset.from_list([{"text": TEXT}] * 5)
+    DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(DataError, match="several splits") as caught:
+        tokenized(source, tmp_path / "set")
+    assert (caught.value.expected, caught.value.found) == ("the folder of one split", "train, test")
+    assert caught.value.hint == "name the folder of one of those found: --data FOLDER/SPLIT"
+    assert tokenized(source, tmp_path / "set" / "test").tokens == 100

@@ -153,10 +153,12 @@ class VerificationFailed(Dsv4qError):
     exit_code = 3
 
 
-E = TypeVar("E", bound=Dsv4qError)
+Problem = TypeVar("Problem", bound=Dsv4qError)
 
 
-def first_problem(problems: Sequence[E], see: str, others: Callable[[int], str] = "{} more problem(s);".format) -> E:
+def first_problem(
+    problems: Sequence[Problem], see: str, others: Callable[[int], str] = "{} more problem(s);".format
+) -> Problem:
     """The first problem, to be raised; its hint tells how many more there are and what lists them.
 
     Args:

@@ -23,8 +23,9 @@ class Wording:
     samples: str
     max_length: str
     split: str
+    """What would choose one of several."""
     choose_split: str
-    """What to do about a split that is not there: ends in "one of those found"."""
+    """What to do where none is chosen, or one that is not there."""
 
 
 class DataSpec(BaseModel):

@@ -63,8 +63,8 @@ class EvaluationSpec(DataSpec):
         dataset="--data",
         samples="--samples",
         max_length="--length",
-        split="calibration.split",
-        choose_split="set evaluation.split to one of those found",
+        split="the folder of one split",
+        choose_split="name the folder of one of those found: --data FOLDER/SPLIT",
     )
 
 
