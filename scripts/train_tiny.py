@@ -30,7 +30,8 @@ from torch import Tensor, nn
 import corpus
 from dsv4q.data.tokens import encode_chat
 from dsv4q.layout import CSA, HCA, SLIDING, source_tensors
-from dsv4q.made_up.toy import ToyConfig, train_tokenizer
+from dsv4q.made_up.toy import ToyConfig
+from dsv4q.made_up.words import train_tokenizer
 from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
 from train_tiny_finish import Training, figures_json, judge, model_card, write_native, write_texts
 from train_tiny_model import DRAFT_WEIGHT, Losses, Watch, build, csa_layers, inputs_for, run, set_rounding

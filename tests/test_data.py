@@ -30,7 +30,7 @@ from dsv4q.data.tokens import (
     load_tokenizer,
 )
 from dsv4q.errors import DataError
-from dsv4q.made_up.toy import chat_samples, train_tokenizer
+from dsv4q.made_up.words import chat_samples, train_tokenizer
 
 SPEC = DataSpec("rows.jsonl", None, samples=6, max_length=64, micro_batch=4, seed=3, chat_mode="chat")
 ONE = replace(SPEC, samples=1, max_length=4)

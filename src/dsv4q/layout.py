@@ -215,6 +215,11 @@ class TensorSpec:
         return self.block.startswith("mtp.")
 
     @property
+    def class_name(self) -> str:
+        """The class that plan, report and diff count it under: its role, and of the draft's that it is one."""
+        return f"mtp: {self.role}" if self.is_mtp else self.role
+
+    @property
     def is_quantizable(self) -> bool:
         """Routed experts and attention projections of main layers: all that a recipe may target."""
         return self.role in (Role.ROUTED_EXPERT, Role.ATTENTION) and not self.is_mtp

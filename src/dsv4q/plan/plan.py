@@ -19,8 +19,9 @@ from typing import Any
 from dsv4q.checkpoint.against_layout import compare_with_layout, draft_kind
 from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of
 from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.source import require_weights as require_weights
 from dsv4q.config import Config
-from dsv4q.errors import ConfigError, Dsv4qError, RecipeError, SourceError
+from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
 from dsv4q.layout import DTYPE_BYTES, HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
 from dsv4q.plan.targets import published_config, select
 from dsv4q.plan.work import Share
@@ -255,16 +256,11 @@ class Plan(ShardPlan):
         }
 
 
-def class_name(spec: TensorSpec) -> str:
-    """The class that plan and report count a tensor under."""
-    return f"mtp: {spec.role}" if spec.is_mtp else spec.role
-
-
 def _classes(items: Iterable[tuple[TensorSpec, int, int]]) -> dict[str, dict[str, int]]:
     """Tensors and bytes by class, of (tensor of the model, tensors, bytes)."""
     found: dict[str, dict[str, int]] = {}
     for spec, count, nbytes in items:
-        entry = found.setdefault(class_name(spec), {"tensors": 0, "bytes": 0})
+        entry = found.setdefault(spec.class_name, {"tensors": 0, "bytes": 0})
         entry["tensors"] += count
         entry["bytes"] += nbytes
     return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
@@ -540,20 +536,6 @@ def first_problem(problems: Sequence[Dsv4qError], see: str) -> Dsv4qError:
 def with_problem(plan: Plan, problem: Dsv4qError | None) -> Plan:
     """The same plan with one more problem, if there is one."""
     return plan if problem is None else replace(plan, problems=(*plan.problems, problem))
-
-
-def require_weights(checkpoint: Checkpoint) -> None:
-    """Refuse a source that has only a config.json.
-
-    Raises:
-        SourceError: no safetensors there.
-    """
-    if not checkpoint.has_weights:
-        raise SourceError(
-            "The source has no safetensors files",
-            where=checkpoint.root,
-            hint="`dsv4q plan` works from a config.json alone; `dsv4q quantize` needs the weights",
-        )
 
 
 def artifact_config_text(plan: Plan) -> str:

@@ -50,7 +50,6 @@ from dsv4q.plan.plan import Plan
 from dsv4q.run.experts import BatchedExperts, ExpertMemory
 from dsv4q.run.handover import Handover
 from dsv4q.run.loader import Item, LoadedBlock, Loader, items_of
-from dsv4q.run.measure import Stopwatch, add_errors
 from dsv4q.run.modules import (
     GLOBAL_SCALES,
     BlockModules,
@@ -62,6 +61,7 @@ from dsv4q.run.modules import (
 from dsv4q.run.ranks import Ranks
 from dsv4q.run.residuals import ResidualStreams
 from dsv4q.run.stacked import ExpertStack, StackLayout
+from dsv4q.run.stopwatch import Stopwatch
 
 PIPELINE = "dsv4q_stream"
 
@@ -477,4 +477,4 @@ def _count(counts: torch.Tensor, _module: torch.nn.Module, _args: object, output
 
 
 def _add_errors(errors: Errors, names: Sequence[str], sums: Callable[[], torch.Tensor]) -> None:
-    add_errors(errors, names, sums())
+    errors.add_all(names, sums().tolist())

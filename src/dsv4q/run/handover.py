@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 
 from dsv4q.checkpoint.writer import BackgroundWriter
-from dsv4q.run.measure import tensor_bytes
+from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.run.modules import Member, State
 
 _PENDING = 4

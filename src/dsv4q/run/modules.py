@@ -10,19 +10,21 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from llmcompressor.observers.min_max import StaticMinMaxObserver
 
 from dsv4q.config import Activations
 from dsv4q.errors import CalibrationError, RankError
-from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, error_sums, fp8_block_encode, nvfp4_encode
+from dsv4q.formats import stored as forms
+from dsv4q.formats.compare import error_sums
+from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, fp8_block_encode, nvfp4_encode
 from dsv4q.formats.error import Errors
 from dsv4q.layout import TensorSpec
-from dsv4q.model.upstream import encode_module, scheme_of
+from dsv4q.model.upstream import decode_state, encode_module, scheme_of
 from dsv4q.plan.plan import PlannedTensor
-from dsv4q.recipe.schemes import NVFP4
-from dsv4q.run.measure import add_errors, decoded
+from dsv4q.recipe.schemes import FLOAT, NVFP4, PACKED_INT
 from dsv4q.run.observers import ExactFp8BlockObserver, ExactNvfp4Observer, settle_nvfp4
 
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
@@ -99,11 +101,33 @@ class Batch:
 
     def measure(self, stored: State, errors: Errors) -> None:
         """Add the error of every member, decoded from its stored tensors, to `errors`."""
-        values = decoded(self.members[0].module, stored)
-        add_errors(errors, [m.spec.name for m in self.members], error_sums(self._stack("weight"), values))
+        sums = error_sums(self._stack("weight"), _decoded(self.members[0].module, stored))
+        errors.add_all([m.spec.name for m in self.members], sums.tolist())
 
     def _stack(self, name: str) -> torch.Tensor:
         return torch.stack([_parameter(member, name) for member in self.members])
+
+
+def _decoded(module: torch.nn.Linear, stored: State) -> torch.Tensor:
+    """F32 [T, out, in] that the stored tensors of T linears under the scheme of `module` stand for."""
+    form = _stored_form(scheme_of(module))
+    if form is not None:
+        return forms.decode(form, stored)
+    count = next(iter(stored.values())).shape[0]
+    alone = ({name: value[index] for name, value in stored.items()} for index in range(count))
+    return torch.stack([decode_state(module, one).to(torch.float32) for one in alone])
+
+
+def _stored_form(scheme: Any) -> forms.StoredForm | None:
+    """How linears are stored under a scheme of compressed-tensors; None where it has to decode them itself."""
+    kind, weights = str(getattr(scheme.format, "value", scheme.format)), scheme.weights
+    if kind == NVFP4:
+        return forms.NVFP4
+    if kind == FLOAT and weights.block_structure == [128, 128]:
+        return forms.FP8_BLOCKS
+    if kind == PACKED_INT and weights.symmetric and weights.group_size and weights.num_bits in (4, 8):
+        return forms.packed_integers(weights.num_bits, weights.group_size)
+    return None
 
 
 def _parameter(member: Member, name: str) -> torch.Tensor:

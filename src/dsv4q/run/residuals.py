@@ -18,8 +18,8 @@ import torch
 
 from dsv4q.checkpoint.journal import fsync_folder
 from dsv4q.checkpoint.writer import disk_errors, write_at
+from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.plan.plan import STREAMS_IN_MEMORY, STREAMS_ON_GPU
-from dsv4q.run.measure import tensor_bytes
 
 SAVE_BYTES_PER_SECOND = 1e9
 """What saving is taken to cost."""

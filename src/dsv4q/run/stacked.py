@@ -37,7 +37,7 @@ class StackPart:
     members: tuple[Member, ...]
     stored: State
     sums: Tensor
-    """F64 [T, 4], see `encode.error_sums`."""
+    """F64 [T, 4], see `compare.error_sums`."""
 
 
 @dataclass(frozen=True)
