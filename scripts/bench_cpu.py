@@ -29,7 +29,8 @@ from bench_tables import table
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
 from dsv4q.data.tokens import load_calibration, load_tokenizer
-from dsv4q.formats.encode import error_sums, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.compare import error_sums
+from dsv4q.formats.encode import nvfp4_decode, nvfp4_encode
 from dsv4q.formats.exact import nvfp4_scales, round_e2m1
 from dsv4q.formats.kernels import nvfp4_encode_measured
 from dsv4q.made_up.native import grid_form

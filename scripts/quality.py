@@ -27,8 +27,7 @@ from dsv4q.checkpoint.native import open_source
 from dsv4q.config import Config, load_config
 from dsv4q.console import Console, Mode
 from dsv4q.errors import Dsv4qError
-from dsv4q.evaluate import Job as EvalJob
-from dsv4q.evaluate import evaluate
+from dsv4q.evaluate import EvaluationRequest, evaluate
 from dsv4q.evaluation.data import DEFAULTS, DataRequest
 from dsv4q.evaluation.emulate import kernel_weight
 from dsv4q.evaluation.side import DRAFT, Side, open_side
@@ -73,12 +72,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "config": name,
             "bytes": report["artifact"]["bytes"],
             "errors": report["errors"],
-            "eval": evaluate(EvalJob(artifact, source, data, options.device), QUIET),
-            "weights_alone": evaluate(EvalJob(plain, source, data, options.device), QUIET),
+            "eval": evaluate(EvaluationRequest(artifact, source, data, options.device), QUIET),
+            "weights_alone": evaluate(EvaluationRequest(plain, source, data, options.device), QUIET),
         }
         shutil.rmtree(plain)
     first, second = (work / CONFIGS[label] for label in PAIR)
-    pair = evaluate(EvalJob(first, second, data, options.device), QUIET)
+    pair = evaluate(EvaluationRequest(first, second, data, options.device), QUIET)
     with open_source(source) as checkpoint:
         size = sum(entry.nbytes for entry in checkpoint.tensors.values())
     return {"source_bytes": size, "columns": found, "pair": pair}
@@ -101,7 +100,7 @@ def write_weights(artifact: Path, to: Path) -> None:
 def _decoded(side: Side) -> Iterator[tuple[str, torch.Tensor]]:
     blocks = ["embed", *(f"layers.{i}" for i in range(side.dims.layers)), "head"]
     for block in blocks if side.no_draft else [*blocks, DRAFT]:
-        for piece in side.pieces(block):
+        for piece in side.tensors(block):
             stored = piece.load()
             weight = kernel_weight(piece.scheme, stored) if piece.scheme else next(iter(stored.values()))
             yield piece.spec.name, weight.contiguous()

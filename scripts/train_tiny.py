@@ -31,7 +31,8 @@ from dsv4q.data.tokens import encode_chat
 from dsv4q.errors import Dsv4qError
 from dsv4q.host import usable_device
 from dsv4q.layout import CSA, HCA, SLIDING, source_tensors
-from dsv4q.made_up.toy import ToyConfig, train_tokenizer
+from dsv4q.made_up.toy import ToyConfig
+from dsv4q.made_up.words import train_tokenizer
 from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
 from train_tiny_finish import (
     Training,

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from corpus import Conversation
-from dsv4q.checkpoint.native import open_source
+from dsv4q.checkpoint.native import open_source, release_form
 from dsv4q.data.spec import DataSpec
 from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.errors import DataError, OutputError, SourceError
 from dsv4q.layout import Dims, TensorSpec, source_tensors
-from dsv4q.made_up.native import native_form, release_form, stored_specs
-from dsv4q.made_up.toy import Form, ToyConfig, write_toy
+from dsv4q.made_up.native import native_form, stored_specs
+from dsv4q.made_up.toy import ToyConfig, ToyForm, write_toy
 from dsv4q.model.model import build_meta_model, rebuild_rotary, set_tensor
 from train_tiny_model import of_model, set_rounding
 from train_tiny_rounding import encoded
@@ -107,7 +107,7 @@ def write_native(model: nn.Module, toy: ToyConfig, texts: Mapping[str, str], out
             raise SystemExit(f"the trained model has a value that is not finite in {spec.name}")
         return encoded(tensor, form) if form else (tensor.to("cpu", _DTYPES[spec.dtype]),)
 
-    write_toy(out, toy, form=Form(config=native_form().config, stored=stored_specs, values=values, texts=texts))
+    write_toy(out, toy, form=ToyForm(config=native_form().config, stored=stored_specs, values=values, texts=texts))
 
 
 def write_texts(texts: Mapping[str, str], out: Path) -> None:

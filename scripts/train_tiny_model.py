@@ -22,9 +22,8 @@ from torch.nn.utils import parametrize
 from transformers.activations import ACT2FN
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4TopKRouter
 
-from dsv4q.checkpoint.native import MXFP4
+from dsv4q.checkpoint.native import MXFP4, release_form
 from dsv4q.layout import HF_PROJECTION, Role, TensorSpec, source_tensors
-from dsv4q.made_up.native import release_form
 from dsv4q.made_up.toy import ToyConfig, random_values
 from dsv4q.model.model import (
     BlockInputs,

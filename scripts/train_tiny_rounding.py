@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsv4q.checkpoint.native import FP8, MXFP4
-from dsv4q.formats.native import E8M0_BIAS, FP8_BLOCK, MXFP4_GROUP
+from dsv4q.formats.encode import FP8_BLOCK
+from dsv4q.formats.native import E8M0_BIAS, MXFP4_GROUP
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)

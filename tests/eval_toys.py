@@ -11,7 +11,7 @@ import torch
 from artifact_maker import copy, edit, read
 from dsv4q.console import Console, Mode
 from dsv4q.data.tokens import load_tokenizer
-from dsv4q.evaluate import Job, evaluate
+from dsv4q.evaluate import EvaluationRequest, evaluate
 from dsv4q.evaluation.data import DataRequest
 from dsv4q.made_up.toy import write_toy
 
@@ -61,7 +61,7 @@ def noise_like(source: Path, name: str, size: float = 1.0) -> torch.Tensor:
 def run_eval(artifact: Path, reference: Path, **request: Any) -> dict[str, Any]:
     """Evaluate on the CPU without a word."""
     wanted = DataRequest(**{"file": None, "samples": 3, "length": 48, "micro_batch": 2, **request})
-    return evaluate(Job(artifact, reference, wanted, "cpu"), Console(Mode.QUIET))
+    return evaluate(EvaluationRequest(artifact, reference, wanted, "cpu"), Console(Mode.QUIET))
 
 
 def pair(result: Mapping[str, Any], main: str, draft: str) -> dict[str, Any]:

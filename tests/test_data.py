@@ -31,7 +31,7 @@ from dsv4q.data.tokens import (
     load_tokenizer,
 )
 from dsv4q.errors import DataError
-from dsv4q.made_up.toy import chat_samples, train_tokenizer
+from dsv4q.made_up.words import chat_samples, train_tokenizer
 
 SPEC = DataSpec(dataset="rows.jsonl", samples=6, max_length=64, micro_batch=4, seed=3)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import artifact_maker as maker
 from dsv4q import diff as story
 from dsv4q.console import Console, Mode
-from dsv4q.diff import Job, diff
+from dsv4q.diff import DiffRequest, diff
 from dsv4q.errors import DeviceError, SourceError
 from dsv4q.formats.encode import nvfp4_decode
 from dsv4q.made_up.native import grid_form, native_form
@@ -31,7 +31,7 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 def compared(a: Path, b: Path) -> dict[str, Any]:
-    return diff(Job(a, b, "cpu"), Console(Mode.QUIET))
+    return diff(DiffRequest(a, b, "cpu"), Console(Mode.QUIET))
 
 
 def only_tensor(result: dict[str, Any]) -> dict[str, Any]:
@@ -409,4 +409,4 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     a = write(tmp_path / "a", {"w": torch.ones(1)})
     with pytest.raises(DeviceError):
-        diff(Job(a, a, "cuda:99"), Console(Mode.QUIET))
+        diff(DiffRequest(a, a, "cuda:99"), Console(Mode.QUIET))

@@ -157,7 +157,7 @@ def draft_side(source: Path) -> Side:
     """The source with embedding, head and draft in memory."""
     side = open_side("reference", source, torch.device("cpu"))
     for block in ("embed", "head", "mtp.0"):
-        for piece in side.pieces(block):
+        for piece in side.tensors(block):
             side.install(piece, piece.load())
     return side
 

@@ -161,7 +161,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_memory(artifact: Path, block: str = "layers.1") -> Side:
     side = open_side("artifact", artifact, torch.device("cpu"))
-    for piece in side.pieces(block):
+    for piece in side.tensors(block):
         side.install(piece, piece.load())
     side.emulate_inputs(block)
     return side

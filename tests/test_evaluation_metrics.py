@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsv4q.evaluation.drafts import Acceptance, difference, step_1, step_2
-from dsv4q.evaluation.metrics import Estimate, estimate, exp_mean, mean
+from dsv4q.evaluation.metrics import BootstrapEstimate, estimate, exp_mean, mean
 from dsv4q.evaluation.scores import ResidualError, greedy_ids
 
 
@@ -27,15 +27,17 @@ def test_perplexity_is_exp_of_the_mean() -> None:
 
 
 def test_equal_samples_leave_no_doubt() -> None:
-    assert mean(torch.ones(20, dtype=torch.float64), torch.ones(20, dtype=torch.float64)) == Estimate(1.0, 1.0, 1.0)
+    assert mean(torch.ones(20, dtype=torch.float64), torch.ones(20, dtype=torch.float64)) == BootstrapEstimate(
+        1.0, 1.0, 1.0
+    )
 
 
 def test_one_sample_has_no_interval() -> None:
-    assert mean(column(3), column(2)) == Estimate(1.5)
+    assert mean(column(3), column(2)) == BootstrapEstimate(1.5)
 
 
 def test_nothing_to_count_is_none() -> None:
-    assert mean(column(0, 0), column(0, 0)) == Estimate(None)
+    assert mean(column(0, 0), column(0, 0)) == BootstrapEstimate(None)
 
 
 def test_draws_without_a_case_are_left_out_of_the_interval() -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dsv4q.checkpoint.against_layout import compare_with_layout
+from dsv4q.checkpoint.native import FP8, MXFP4, release_form
 from dsv4q.errors import SourceError
 from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
 from dsv4q.formats.exact import fp8_block_scales
 from dsv4q.layout import Dims, Role
-from dsv4q.made_up.generated import GeneratedCheckpoint, grid_of
-from dsv4q.made_up.native import release_form
+from dsv4q.made_up.generated import GeneratedCheckpoint, kind_of
 from dsv4q.made_up.toy import ToyConfig
 
 CONFIG = ToyConfig().as_config_json()
@@ -72,7 +72,8 @@ def test_other_linears_are_e4m3_times_a_power_of_two_for_each_block(made: Genera
 
 def test_what_lies_on_a_grid_is_what_the_release_stores_in_it(made: GeneratedCheckpoint) -> None:
     forms = {name: release_form(spec) for name, spec in made.specs.items()}
-    assert {name: (grid_of(spec) or "").upper() or None for name, spec in made.specs.items()} == forms
+    kinds = {name: kind_of(spec, CONFIG["n_routed_experts"]).name.upper() for name, spec in made.specs.items()}
+    assert {name: kind if kind in (MXFP4, FP8) else None for name, kind in kinds.items()} == forms
 
 
 def test_hash_tables_have_distinct_experts_in_each_row(made: GeneratedCheckpoint) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dsv4q.formats import kernels
-from dsv4q.formats.encode import error_sums, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.compare import error_sums
+from dsv4q.formats.encode import nvfp4_decode, nvfp4_encode
 from dsv4q.formats.exact import nvfp4_grid, nvfp4_scales, round_e2m1
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -25,14 +25,13 @@ from dsv4q.layout import TensorSpec, source_tensors
 from dsv4q.made_up import toy as toy_module
 from dsv4q.made_up.toy import (
     RANDOM,
-    SPECIAL_TOKENS,
     ToyConfig,
     ToySummary,
-    chat_samples,
     load_toy_config,
     random_values,
     write_toy,
 )
+from dsv4q.made_up.words import SPECIAL_TOKENS, chat_samples
 
 TINY = ToyConfig(
     hidden_size=128, n_routed_experts=2, compress_ratios=(4, 128), num_hash_layers=1, vocab_size=300, shards=3

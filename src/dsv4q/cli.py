@@ -372,7 +372,7 @@ def eval_(
 
     console = _console(as_json, quiet)
     request = DataRequest(file=data, samples=samples, length=length, micro_batch=micro_batch)
-    job = story.Job(artifact=artifact, reference=reference, data=request, device=device, save=save)
+    job = story.EvaluationRequest(artifact=artifact, reference=reference, data=request, device=device, save=save)
     result = story.evaluate(job, console)
     console.data(result)
     show_evaluation(result, console)
@@ -396,7 +396,7 @@ def diff_(
     from dsv4q.foreign.result import show_diff
 
     console = _console(as_json, quiet)
-    result = story.diff(story.Job(a, b, device), console)
+    result = story.diff(story.DiffRequest(a, b, device), console)
     console.data(result)
     show_diff(result, console)
     if not result["same"]:

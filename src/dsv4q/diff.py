@@ -25,8 +25,9 @@ from dsv4q.checkpoint.source import Checkpoint, open_checkpoint
 from dsv4q.console import Console
 from dsv4q.errors import DeviceError, SourceError
 from dsv4q.foreign.layouts import Logical, Names, logical_tensors
-from dsv4q.foreign.pairs import DTYPES, Coded
-from dsv4q.foreign.result import EQUAL_BYTES, Pair, by_class, transitions
+from dsv4q.foreign.result import EQUAL_BYTES, TensorPair, by_class, transitions
+from dsv4q.formats.dtypes import torch_dtypes
+from dsv4q.formats.stored import StoredRows
 from dsv4q.host import stoppable, usable_device
 from dsv4q.layout import DTYPE_BYTES
 
@@ -40,7 +41,7 @@ _GPU_BUDGET, _GPU_THREADS = 4 << 30, 8
 
 
 @dataclass(frozen=True)
-class Job:
+class DiffRequest:
     """One comparison as the user asked for it. Errors are those of B against A."""
 
     a: Path
@@ -48,19 +49,19 @@ class Job:
     device: str = "auto"
 
 
-def diff(job: Job, console: Console) -> dict[str, Any]:
-    """Run the job; returns the result as plain JSON values. `same` is True if every tensor is the same bytes.
+def diff(request: DiffRequest, console: Console) -> dict[str, Any]:
+    """Compare; returns the result as plain JSON values. `same` is True if every tensor is the same bytes.
 
     Raises:
         SourceError: a checkpoint that is absent, damaged or has no weights; reading fails.
         DeviceError: no such device, or it has too little memory.
     """
     begin = time.monotonic()
-    device = usable_device(job.device)
-    with _opened(job.a) as first, _opened(job.b) as second:
+    device = usable_device(request.device)
+    with _opened(request.a) as first, _opened(request.b) as second:
         names = Names(first.config, second.config)
         a, b = logical_tensors(first, names), logical_tensors(second, names)
-        pairs = [Pair(name, names.class_of(name), one, b[name]) for name, one in a.items() if name in b]
+        pairs = [TensorPair(name, names.class_of(name), one, b[name]) for name, one in a.items() if name in b]
         try:
             _compare(first, second, pairs, device, console)
         except torch.OutOfMemoryError as error:
@@ -71,8 +72,8 @@ def diff(job: Job, console: Console) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "same": not (only_a or only_b) and all(pair.verdict == EQUAL_BYTES for pair in pairs),
-        "a": _side(job.a, first, a),
-        "b": _side(job.b, second, b),
+        "a": _side(request.a, first, a),
+        "b": _side(request.b, second, b),
         "classes": by_class(pairs, lone),
         "stored_as": transitions(pairs),
         "only_a": only_a,
@@ -103,10 +104,10 @@ Parts = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class _Work:
+class _PairSpan:
     """A pair; or, of one that both store as it is, the values begin … end."""
 
-    pair: Pair
+    pair: TensorPair
     first: Checkpoint
     second: Checkpoint
     span: tuple[int, int] | None = None
@@ -145,7 +146,7 @@ def _piece(checkpoint: Checkpoint, entry: TensorEntry, begin: int, end: int) -> 
     if count != raw.numel():
         where, found = f"{path}: {shown(entry.name)}", f"{count:,} of {raw.numel():,} bytes"
         raise SourceError("A shard ended while it was read", where=where, found=found, hint=AGAIN)
-    return raw.view(DTYPES[entry.dtype])
+    return raw.view(torch_dtypes()[entry.dtype])
 
 
 def _same_bytes(mine: Tensor, yours: Tensor) -> bool:
@@ -156,14 +157,16 @@ def _same_bytes(mine: Tensor, yours: Tensor) -> bool:
     return torch.equal(*heads) and torch.equal(raw[0][wide:], raw[1][wide:])
 
 
-def _compare(first: Checkpoint, second: Checkpoint, pairs: list[Pair], device: torch.device, console: Console) -> None:
+def _compare(
+    first: Checkpoint, second: Checkpoint, pairs: list[TensorPair], device: torch.device, console: Console
+) -> None:
     work = [piece for pair in pairs for piece in _pieces(pair, first, second)]
     on_gpu = device.type == "cuda"
     with (
         stoppable() as check_stop,
         loaded_ahead(
             work,
-            _Work.load,
+            _PairSpan.load,
             lambda piece: piece.nbytes,
             budget=_GPU_BUDGET if on_gpu else BUDGET,
             threads=_GPU_THREADS if on_gpu else 4,
@@ -180,35 +183,35 @@ def _compare(first: Checkpoint, second: Checkpoint, pairs: list[Pair], device: t
             progress.advance(piece.nbytes)
 
 
-def _pieces(pair: Pair, first: Checkpoint, second: Checkpoint) -> Iterator[_Work]:
+def _pieces(pair: TensorPair, first: Checkpoint, second: Checkpoint) -> Iterator[_PairSpan]:
     """What there is to read of a pair: nothing where neither bytes nor values could be equal."""
     if pair.same_shape and all(side.encoding is None and not side.unknown for side in (pair.a, pair.b)):
         count = math.prod(pair.a.shape)
         for begin in range(0, count, PIECE):
-            yield _Work(pair, first, second, (begin, min(begin + PIECE, count)))
+            yield _PairSpan(pair, first, second, (begin, min(begin + PIECE, count)))
     elif pair.same_storage or (pair.same_shape and pair.is_decoded):
-        yield _Work(pair, first, second)
+        yield _PairSpan(pair, first, second)
 
 
 # ------------------------------------------------------------------------------------------------ values
 
 
 @torch.no_grad()
-def _compare_values(pair: Pair, a: Parts, b: Parts, device: torch.device) -> None:
-    mine, yours = _Values(pair.a, a, device), _Values(pair.b, b, device)
+def _compare_values(pair: TensorPair, a: Parts, b: Parts, device: torch.device) -> None:
+    mine, yours = _SideValues(pair.a, a, device), _SideValues(pair.b, b, device)
     step = math.lcm(mine.step, yours.step)
     at_once = max(1, ROWS_AT_ONCE[device.type] // max(mine.columns, 1) // step) * step
     for begin in range(0, mine.rows, at_once):
         end = min(begin + at_once, mine.rows)
-        pair.sums.add(mine.read(begin, end), yours.read(begin, end))
+        pair.comparison.add(mine.read(begin, end), yours.read(begin, end))
 
 
-class _Values:
+class _SideValues:
     """One side of what is compared as numbers, some rows at a time."""
 
     def __init__(self, logical: Logical, parts: Parts, device: torch.device) -> None:
         there = {suffix: tensor.to(device) for suffix, tensor in parts.items()}
-        self._coded = None if logical.encoding is None else Coded(logical, there)
+        self._coded = None if logical.encoding is None else StoredRows(logical.encoding, there, logical.shape)
         self._reciprocal = logical.reciprocal
         plain = next(iter(there.values()))
         # Whole, it has the rows and columns of the quantized other side; else it is a flat piece.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dsv4q.evaluation import metrics
 from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.evaluation.drafts import Acceptance, difference, judge_draft, step_1, step_2
 from dsv4q.evaluation.scores import ResidualError, Scores, residual_error, score
-from dsv4q.evaluation.side import DRAFT, Piece, Side, form_of, open_side, require_alike
+from dsv4q.evaluation.side import DRAFT, Side, SideTensor, form_of, open_side, require_alike
 from dsv4q.host import peak_memory, stoppable, usable_device
 from dsv4q.model.upstream import quiet_libraries
 
@@ -36,11 +36,9 @@ FORMAT = 1
 SAVED = "eval.json"
 _GPU_BUDGET, _GPU_THREADS = 4 << 30, 8
 
-Loaded = Iterator[tuple[Piece, dict[str, torch.Tensor]]]
-
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationRequest:
     """One evaluation as the user asked for it."""
 
     artifact: Path
@@ -52,7 +50,7 @@ class Job:
 
 
 @dataclass
-class Findings:
+class Measurements:
     """What was measured."""
 
     residual: list[ResidualError]
@@ -61,8 +59,8 @@ class Findings:
 
 
 @torch.no_grad()
-def evaluate(job: Job, console: Console) -> dict[str, Any]:
-    """Run the job; returns the result as plain JSON values.
+def evaluate(request: EvaluationRequest, console: Console) -> dict[str, Any]:
+    """Evaluate; returns the result as plain JSON values.
 
     Raises:
         SourceError: a checkpoint that is damaged or incomplete, or two that are not of one model.
@@ -71,14 +69,14 @@ def evaluate(job: Job, console: Console) -> dict[str, Any]:
         DeviceError: no such device, or it has too little memory.
     """
     begin = time.time()
-    device = usable_device(job.device)
+    device = usable_device(request.device)
     with quiet_libraries():
-        reference = open_side("reference", job.reference, device)
-        artifact = open_side("artifact", job.artifact, device)
+        reference = open_side("reference", request.reference, device)
+        artifact = open_side("artifact", request.artifact, device)
         require_alike(reference, artifact)
-        data = load_data(job.data, job.reference, job.artifact, reference.dims.vocab)
+        data = load_data(request.data, request.reference, request.artifact, reference.dims.vocab)
         try:
-            findings = _measure((reference, artifact), data, console)
+            measured = _measure((reference, artifact), data, console)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 "The GPU ran out of memory",
@@ -89,9 +87,9 @@ def evaluate(job: Job, console: Console) -> dict[str, Any]:
         finally:
             reference.checkpoint.close()
             artifact.checkpoint.close()
-    result = _result(job, (reference, artifact), data, findings, time.time() - begin)
-    if job.save:
-        write_atomic(job.artifact / SAVED, json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
+    result = _result(request, (reference, artifact), data, measured, time.time() - begin)
+    if request.save:
+        write_atomic(request.artifact / SAVED, json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
     return result
 
 
@@ -105,8 +103,8 @@ def schedule(sides: tuple[Side, Side]) -> list[tuple[Side, str]]:
     return order + [(side, block) for side in sides if side.no_draft is None for block in ("embed", "head", DRAFT)]
 
 
-def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) -> Findings:
-    blocks = [side.pieces(block) for side, block in schedule(sides)]
+def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) -> Measurements:
+    blocks = [side.tensors(block) for side, block in schedule(sides)]
     order = [piece for pieces in blocks for piece in pieces]
     largest = max(sum(piece.nbytes for piece in pieces) for pieces in blocks)
     on_gpu = sides[0].device.type == "cuda"
@@ -114,7 +112,7 @@ def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) 
         stoppable() as check_stop,
         loaded_ahead(
             order,
-            Piece.load,
+            SideTensor.load,
             lambda piece: piece.nbytes,
             budget=min(largest, _GPU_BUDGET if on_gpu else BUDGET),
             threads=_GPU_THREADS if on_gpu else 1,
@@ -125,7 +123,7 @@ def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) 
         def fill(side: Side, block: str) -> None:
             """Bring a block into memory; blocks are asked for in the order of `schedule`."""
             progress.describe(f"{side.name} {block}")
-            for wanted in side.pieces(block):
+            for wanted in side.tensors(block):
                 check_stop()
                 piece, tensors = next(loaded)
                 assert (piece.side, piece.spec.name) == (side, wanted.spec.name), f"{piece.spec.name} comes"
@@ -135,7 +133,7 @@ def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) 
 
         residual = _main_blocks(sides, data, fill, check_stop)
         scores = _heads(sides, data, fill, check_stop)
-        return Findings(residual, scores, _drafts(sides, data, fill, check_stop))
+        return Measurements(residual, scores, _drafts(sides, data, fill, check_stop))
 
 
 Fill = Callable[[Side, str], None]
@@ -182,27 +180,27 @@ def _drafts(
 
 
 def _result(
-    job: Job, sides: tuple[Side, Side], data: CalibrationData, findings: Findings, seconds: float
+    request: EvaluationRequest, sides: tuple[Side, Side], data: CalibrationData, measured: Measurements, seconds: float
 ) -> dict[str, Any]:
     reference, artifact = sides
     return {
         "format": FORMAT,
         **{
             side.name: {"path": str(path), "form": form_of(side)}
-            for side, path in ((reference, job.reference), (artifact, job.artifact))
+            for side, path in ((reference, request.reference), (artifact, request.artifact))
         },
         "data": {
             "source": data.source,
-            "samples": job.data.samples,
-            "length": job.data.length,
-            "micro_batch": job.data.micro_batch,
+            "samples": request.data.samples,
+            "length": request.data.length,
+            "micro_batch": request.data.micro_batch,
             "tokens": data.tokens,
             "digest": data.digest,
         },
         "intervals": metrics.METHOD,
-        **_quality(findings.scores),
-        "residual": [error.as_dict() for error in findings.residual],
-        "acceptance": _acceptance(sides, findings.acceptance),
+        **_quality(measured.scores),
+        "residual": [error.as_dict() for error in measured.residual],
+        "acceptance": _acceptance(sides, measured.acceptance),
         "emulated": dict(Counter(scheme.format for scheme in artifact.schemes.values())),
         "device": str(reference.device),
         "seconds": round(seconds, 3),

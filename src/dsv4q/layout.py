@@ -212,6 +212,11 @@ class TensorSpec:
         return self.block.startswith("mtp.")
 
     @property
+    def class_name(self) -> str:
+        """The class that plan, report and diff count it under: its role, and of the draft's that it is one."""
+        return f"mtp: {self.role}" if self.is_mtp else self.role
+
+    @property
     def is_quantizable(self) -> bool:
         """Routed experts and attention projections of main layers: all that a recipe may target."""
         return self.role in (Role.ROUTED_EXPERT, Role.ATTENTION) and not self.is_mtp
@@ -381,8 +386,3 @@ def source_tensors(dims: Dims) -> list[TensorSpec]:
     for index in range(dims.mtp_layers):
         specs += mtp_tensors(dims, index)
     return specs
-
-
-def class_name(spec: TensorSpec) -> str:
-    """The class that plan and report count a tensor under."""
-    return f"mtp: {spec.role}" if spec.is_mtp else spec.role

@@ -173,7 +173,18 @@ def as_source(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-# ------------------------------------------------------------------------------------------------ checks
+def release_form(spec: TensorSpec, expert_dtype: str = "fp4") -> str | None:
+    """How the release stores a tensor: MXFP4, FP8, or None where it is as in a BF16 checkpoint.
+
+    Args:
+        expert_dtype: `fp4` (DeepSeek-V4-Flash) or `fp8` (Base), as in their config.json.
+    """
+    if spec.role == Role.ROUTED_EXPERT:
+        return MXFP4 if expert_dtype == "fp4" else FP8
+    if len(spec.shape) != 2 or not spec.name.endswith(".weight"):
+        return None
+    linear = spec.role in (Role.ATTENTION, Role.SHARED_EXPERT, Role.DRAFT_INPUT)
+    return FP8 if linear or spec.module.endswith(".indexer.wq_b") else None
 
 
 def stored_shapes(form: str, shape: Shape) -> tuple[Shape, Shape]:
@@ -182,6 +193,9 @@ def stored_shapes(form: str, shape: Shape) -> tuple[Shape, Shape]:
     if form == MXFP4:
         return (rows, -(-columns // 2)), (rows, -(-columns // 32))
     return shape, (-(-rows // 128), -(-columns // 128))
+
+
+# ------------------------------------------------------------------------------------------------ checks
 
 
 def _pair(checkpoint: Checkpoint, spec: TensorSpec, findings: Findings) -> Quantized | None:

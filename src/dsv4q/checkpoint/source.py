@@ -30,6 +30,7 @@ from dsv4q.checkpoint.folder import (
 )
 from dsv4q.checkpoint.headers import MAX_HEADER, Findings, TensorEntry, read_shard, shown
 from dsv4q.errors import SourceError, first_problem
+from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Checkpoint:
         import torch
 
         entry = self._entry(name)
-        dtype = getattr(torch, TORCH_NAMES.get(entry.dtype, ""), None)
+        dtype = torch_dtypes().get(entry.dtype)
         if dtype is None or math.prod(entry.shape) * DTYPE_BYTES[entry.dtype] != entry.nbytes:
             raise SourceError(
                 "A tensor cannot be made of these bytes",
@@ -185,15 +186,6 @@ class Checkpoint:
         if name not in self.tensors:
             raise SourceError("The checkpoint has no such tensor", where=f"{self.root}: {shown(name)}")
         return self.tensors[name]
-
-
-TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-}  # fmt: skip
-"""safetensors' names of dtypes -> torch's. By name, for torch is not imported here."""
 
 
 def _sample_extents(begin: int, end: int) -> list[tuple[int, int]]:

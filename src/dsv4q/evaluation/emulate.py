@@ -26,14 +26,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsv4q.errors import SourceError
-from dsv4q.formats.encode import (
-    E2M1_MAX,
-    E4M3_MAX,
-    fp8_block_decode,
-    fp8_block_encode,
-    int_group_decode,
-    nvfp4_decode,
-)
+from dsv4q.formats import stored as forms
+from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, NVFP4_GROUP, fp8_block_decode, fp8_block_encode
 from dsv4q.formats.exact import fp8_block_scales, round_e2m1
 from dsv4q.layout import Role, TensorSpec
 from dsv4q.verify.config import FP8, INT, NVFP4, Scheme
@@ -44,7 +38,7 @@ if TYPE_CHECKING:
 Quantizer = Callable[[Tensor], Tensor]
 """A linear's input [..., N] -> the values that the kernel multiplies, same shape and dtype."""
 
-NVFP4_GROUP, FP8_GROUP = 16, 128
+FP8_GROUP = 128
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -57,22 +51,22 @@ def kernel_weight(scheme: Scheme, stored: Mapping[str, Tensor]) -> Tensor:
     Raises:
         SourceError: compressed-tensors cannot decode what is stored.
     """
-    if scheme.format == FP8 and not scheme.is_general:
-        return _served_fp8(stored["weight"], stored["weight_scale"]).to(torch.bfloat16)
     if scheme.is_general:
         return _decode_by_library(scheme, stored).to(torch.bfloat16)
-    if scheme.format == NVFP4:
-        values = nvfp4_decode(stored["weight_packed"], stored["weight_scale"], stored["weight_global_scale"])
-    else:
-        assert scheme.format == INT, scheme.format
-        columns = scheme.columns or stored["weight_packed"].shape[-1] * 32 // scheme.bits
-        values = int_group_decode(stored["weight_packed"], stored["weight_scale"], scheme.bits, columns)
+    values = forms.decode(_stored_form(scheme), stored)
+    if scheme.format == FP8:
+        values = _served_fp8(values, stored["weight_scale"])
     return values.to(torch.bfloat16)
 
 
-def _served_fp8(weight: Tensor, scale: Tensor) -> Tensor:
+def _stored_form(scheme: Scheme) -> forms.StoredForm:
+    """How a linear is stored under a scheme that is not `is_general`."""
+    closed = {NVFP4: forms.NVFP4, FP8: forms.FP8_BLOCKS, INT: forms.packed_integers(scheme.bits, scheme.columns)}
+    return closed[scheme.format]
+
+
+def _served_fp8(values: Tensor, scale: Tensor) -> Tensor:
     """F32 [out, in]: as stored if every block scale is a power of two, else rounded anew under such scales."""
-    values = fp8_block_decode(weight, scale)
     fraction, _ = torch.frexp(scale.to(torch.float32))
     if bool((fraction == 0.5).all()):
         return values

@@ -24,7 +24,7 @@ _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Estimate:
+class BootstrapEstimate:
     """A value and its interval; `low` and `high` are None where one sample cannot give one."""
 
     value: float | None
@@ -37,7 +37,7 @@ class Estimate:
 
 
 @torch.no_grad()
-def estimate(columns: Tensor, function: Callable[[Tensor], Tensor]) -> Estimate:
+def estimate(columns: Tensor, function: Callable[[Tensor], Tensor]) -> BootstrapEstimate:
     """Value and interval of a function of sums over samples.
 
     Args:
@@ -47,9 +47,9 @@ def estimate(columns: Tensor, function: Callable[[Tensor], Tensor]) -> Estimate:
     samples = columns.shape[0]
     value = float(function(columns.sum(dim=0)))
     if value != value:
-        return Estimate(None)
+        return BootstrapEstimate(None)
     if samples < 2:
-        return Estimate(value)
+        return BootstrapEstimate(value)
     generator = torch.Generator().manual_seed(SEED)
     step = max(1, _CHUNK // columns.numel())
     found = []
@@ -58,14 +58,14 @@ def estimate(columns: Tensor, function: Callable[[Tensor], Tensor]) -> Estimate:
         found.append(function(columns[drawn].sum(dim=1)))
     values = torch.cat(found)
     low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Estimate(value, low, high)
+    return BootstrapEstimate(value, low, high)
 
 
-def mean(totals: Tensor, counts: Tensor) -> Estimate:
+def mean(totals: Tensor, counts: Tensor) -> BootstrapEstimate:
     """Mean per token (or share): sums and counts, each [samples]."""
     return estimate(torch.stack([totals, counts], dim=1).to(torch.float64), lambda s: s[..., 0] / s[..., 1])
 
 
-def exp_mean(totals: Tensor, counts: Tensor) -> Estimate:
+def exp_mean(totals: Tensor, counts: Tensor) -> BootstrapEstimate:
     """exp of the mean per token: a perplexity from negative log-likelihoods, or a ratio of two from differences."""
     return estimate(torch.stack([totals, counts], dim=1).to(torch.float64), lambda s: torch.exp(s[..., 0] / s[..., 1]))

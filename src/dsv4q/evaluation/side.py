@@ -19,6 +19,7 @@ from dsv4q.checkpoint.native import NativeCheckpoint, open_source
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.errors import CalibrationError, SourceError
 from dsv4q.evaluation.emulate import kernel_weight, quantizer, shares_input_scale
+from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import Dims, TensorSpec, source_tensors
 from dsv4q.model.model import (
     DeepseekV4ForCausalLMWithMTP,
@@ -35,16 +36,11 @@ from dsv4q.verify.result import Log
 
 DRAFT = "mtp.0"
 """The draft that is judged. A server with one MTP layer uses it for every step; so does this for any number."""
-_DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64,
-}  # fmt: skip
 _INPUT_SCALES = ("input_scale", "input_zero_point", "input_global_scale")
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class SideTensor:
     """One tensor of the model, and what it lies on disk as."""
 
     side: Side
@@ -77,37 +73,37 @@ class Side:
     """Per micro-batch, BF16 [B, S, C, D] on the host: after the last block that was run."""
     greedy: list[Tensor] = field(default_factory=list)
     """Per micro-batch, I64 [B, S] on the host: the main model's own choice after each token."""
-    _pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    _tensors: dict[str, list[SideTensor]] = field(default_factory=dict)
     _scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Input scales of the linears of the block in memory, by upstream module name."""
     _hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------------ reading
 
-    def pieces(self, block: str) -> list[Piece]:
+    def tensors(self, block: str) -> list[SideTensor]:
         """What block `block` is made of: `embed`, `layers.L`, `head` or `mtp.0`."""
-        if not self._pieces:
+        if not self._tensors:
             for spec in source_tensors(self.dims):
-                self._pieces.setdefault(spec.block, []).append(self._piece(spec))
-        return self._pieces[block]
+                self._tensors.setdefault(spec.block, []).append(self._side_tensor(spec))
+        return self._tensors[block]
 
-    def _piece(self, spec: TensorSpec) -> Piece:
+    def _side_tensor(self, spec: TensorSpec) -> SideTensor:
         scheme = self.schemes.get(spec.module) if spec.is_quantizable else None
         if scheme is None:
             names = {spec.name.rpartition(".")[2]: spec.name}
         else:
             names = {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
         nbytes = sum(entry.nbytes for name in names.values() if (entry := self.checkpoint.tensors.get(name)))
-        return Piece(self, spec, scheme, names, nbytes)
+        return SideTensor(self, spec, scheme, names, nbytes)
 
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored (as BF16 if natively quantized), on the host."""
         entry = self.checkpoint.tensors[name]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         self.checkpoint.read_into(name, raw.numpy().data)
-        return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        return raw.view(torch_dtypes()[entry.dtype]).reshape(entry.shape)
 
-    def install(self, piece: Piece, loaded: Mapping[str, Tensor]) -> None:
+    def install(self, piece: SideTensor, loaded: Mapping[str, Tensor]) -> None:
         """Put one tensor into the model, decoded as the kernels see it."""
         there = {suffix: tensor.to(self.device, non_blocking=True) for suffix, tensor in loaded.items()}
         if piece.scheme is None:
@@ -123,7 +119,7 @@ class Side:
         Raises:
             SourceError: an input global scale that is not positive and finite.
         """
-        linears = [p for p in self.pieces(block) if p.scheme is not None]
+        linears = [p for p in self.tensors(block) if p.scheme is not None]
         shared: dict[str, list[Tensor]] = defaultdict(list)
         for piece in linears:
             scale = self._scales[piece.spec.module].get("input_global_scale")
@@ -204,7 +200,7 @@ class Side:
         )
 
     def _spoiled(self, block: str) -> Iterator[str]:
-        for piece in self.pieces(block):
+        for piece in self.tensors(block):
             path, _, leaf = piece.spec.hf_name.rpartition(".")
             owner = self.model.get_submodule(path)
             tensor = owner._parameters.get(leaf, owner._buffers.get(leaf))
@@ -278,7 +274,7 @@ def _require_tensors(side: Side, log: Log) -> None:
     blocks = ["embed", *(f"layers.{i}" for i in range(side.dims.layers)), "head"]
     wrong: list[str] = []
     for block in blocks if side.no_draft else [*blocks, DRAFT]:
-        wrong += [fault for piece in side.pieces(block) for fault in _faults(piece)]
+        wrong += [fault for piece in side.tensors(block) for fault in _faults(piece)]
     if not wrong:
         return
     about = f"; {log.differences[0].text()}" if log.differences else ""
@@ -291,7 +287,7 @@ def _require_tensors(side: Side, log: Log) -> None:
     )
 
 
-def _faults(piece: Piece) -> Iterator[str]:
+def _faults(piece: SideTensor) -> Iterator[str]:
     spec = piece.spec
     wanted: Stored = {spec.name: ((spec.dtype,), spec.shape)}
     if piece.scheme is not None:

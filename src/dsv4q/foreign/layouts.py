@@ -30,12 +30,11 @@ from typing import Any
 from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError
-from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, class_name, source_tensors
+from dsv4q.formats.stored import E2M1, E4M3, INTEGER, StoredForm
+from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
 
 INPUT_SCALE, OTHER = "input scale", "other"
 """Classes of what is not a tensor of the model."""
-
-E2M1, E4M3, INTEGER = "e2m1", "e4m3", "integer"
 
 _WEIGHTS = ("weight_packed", "weight")
 _SCALES = ("weight_scale", "weight_scale_inv", "scale")
@@ -50,21 +49,6 @@ _KNOWN_SUFFIXES = frozenset({*_WEIGHTS, *_COMPANIONS, *_INPUTS})
 
 
 @dataclass(frozen=True, slots=True)
-class Encoding:
-    """How stored codes become values: (code - zero point) * scale of the code's block, the global scale included."""
-
-    codes: str
-    """E2M1 (two in a byte, low nibble first), E4M3 or INTEGER."""
-    block: tuple[int, int]
-    """Rows and columns that share a scale; those at the edge may be fewer."""
-    scale: str
-    """Suffix of the scales."""
-    bits: int = 8
-    """Of an integer; below 8 they are packed densely into I32, else too if the weight is I32."""
-    global_scale: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Logical:
     """One tensor of the model, or an input scale, and what it is stored as."""
 
@@ -76,7 +60,7 @@ class Logical:
     """Of the values."""
     parts: Mapping[str, TensorEntry]
     """Suffix -> entry in a file; one of them if it is stored as it is."""
-    encoding: Encoding | None = None
+    encoding: StoredForm | None = None
     """None: stored as it is, or (`unknown`) in a way that nobody here can decode."""
     unknown: str = ""
     """Why its values cannot be told."""
@@ -120,7 +104,7 @@ class Names:
             return INPUT_SCALE
         spec = self._specs.get(name)
         if spec is not None:
-            return class_name(spec)
+            return spec.class_name
         for suffix, main in HEAD_COPIES.items():
             if name.startswith("mtp.") and name.endswith(suffix) and main in self._specs:
                 return f"mtp: {self._specs[main].role}"
@@ -221,7 +205,7 @@ def _nvfp4(name: str, weight: str, scale: str, parts: Mapping[str, TensorEntry])
     if parts[scale].shape != (rows, packed // 8) or packed % 8 or _count(parts[wide].shape) != 1:
         return _unknown(name, parts, f"scales {_shapes(parts)} do not fit NVFP4 {[rows, 2 * packed]}")
     form = "NVFP4 (compressed-tensors)" if wide == "weight_global_scale" else "NVFP4 (ModelOpt)"
-    return Logical(name, form, (rows, 2 * packed), parts, Encoding(E2M1, (1, 16), scale, global_scale=wide))
+    return Logical(name, form, (rows, 2 * packed), parts, StoredForm(E2M1, (1, 16), scale, global_scale=wide))
 
 
 def _packed_integers(
@@ -259,7 +243,7 @@ def _scaled(
         return _unknown(name, parts, f"{scale} {list(parts[scale].shape)} does not fit a weight {list(shape)}")
     zero = " with zero points" if "weight_zero_point" in parts else ""
     told = form if form.startswith("MX") else f"{form} {_block_text(block, shape)}{zero}"
-    return Logical(name, told, shape, parts, Encoding(codes, block, scale, bits))
+    return Logical(name, told, shape, parts, StoredForm(codes, block, scale, bits))
 
 
 def _unknown(name: str, parts: Mapping[str, TensorEntry], reason: str) -> Logical:

@@ -10,7 +10,8 @@ from typing import Any
 
 from dsv4q.console import Console, human_bytes, human_seconds
 from dsv4q.foreign.layouts import Logical, is_input_scale
-from dsv4q.foreign.pairs import Sums
+from dsv4q.formats.compare import Comparison
+from dsv4q.formats.error import Errors
 
 EQUAL_BYTES, EQUAL_VALUES, DIFFERENT = "equal_bytes", "equal_values", "different"
 OTHER_SHAPE, NOT_DECODED = "other_shape", "not_decoded"
@@ -21,7 +22,7 @@ SHOWN = 10
 
 
 @dataclass
-class Pair:
+class TensorPair:
     """One tensor of the model that both have, and what was found of it."""
 
     name: str
@@ -31,7 +32,7 @@ class Pair:
     b: Logical
     bytes_equal: bool = True
     """Of what was read so far; means something only with `same_storage`."""
-    sums: Sums = field(default_factory=Sums)
+    comparison: Comparison = field(default_factory=Comparison)
     """Of the pieces whose bytes differ."""
 
     @property
@@ -60,7 +61,7 @@ class Pair:
             return NOT_DECODED
         if not self.same_shape:
             return OTHER_SHAPE
-        return DIFFERENT if self.sums.unequal else EQUAL_VALUES
+        return DIFFERENT if self.comparison.unequal else EQUAL_VALUES
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: how both are stored, and the error of B against A where values were compared."""
@@ -69,36 +70,47 @@ class Pair:
             facts[side] = {"stored_as": logical.form, "shape": list(logical.shape)}
             if logical.unknown:
                 facts[side]["reason"] = logical.unknown
-        return facts | (self.sums.as_dict() if self.sums.values else {})
+        return facts | (self._as_numbers() if self.comparison.values else {})
+
+    def _as_numbers(self) -> dict[str, float]:
+        error = self.comparison.error
+        return {
+            "values": self.comparison.values,
+            "unequal": self.comparison.unequal,
+            "signs_of_zero": self.comparison.zero_signs,
+            "not_finite": self.comparison.not_finite,
+            "relative_error": error.relative,
+            "max_abs_error": error.max_abs_error,
+        }
 
 
-def by_class(pairs: Iterable[Pair], only: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+def by_class(pairs: Iterable[TensorPair], only: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """Counts and errors of each class; `only` has the class of each tensor that only `a` or only `b` has."""
-    members: dict[str, list[Pair]] = defaultdict(list)
+    members: dict[str, list[TensorPair]] = defaultdict(list)
     for pair in pairs:
         members[pair.kind].append(pair)
     lone = {side: Counter(kinds) for side, kinds in only.items()}
     found = {}
     for kind in dict.fromkeys([*members, *lone["a"], *lone["b"]]):
         counts = Counter(pair.verdict for pair in members[kind])
-        sums, compared = Sums(), [pair for pair in members[kind] if pair.sums.values]
+        errors, compared = Errors(), [pair for pair in members[kind] if pair.comparison.values]
         for pair in compared:
-            sums.merge(pair.sums)
-        worst = max(compared, key=lambda pair: pair.sums.relative_error, default=None)
+            errors.add(pair.name, pair.comparison.error)
+        worst = max(compared, key=lambda pair: pair.comparison.error.relative, default=None)
         found[kind] = {
             "both": len(members[kind]),
             "only_a": lone["a"][kind],
             "only_b": lone["b"][kind],
             **{verdict: counts[verdict] for verdict in VERDICTS},
-            "relative_error": sums.relative_error if compared else None,
-            "max_abs_error": sums.max_abs_error if compared else None,
-            "worst": None if worst is None else worst.sums.relative_error,
-            "worst_tensor": None if worst is None or not worst.sums.unequal else worst.name,
+            "relative_error": errors.relative if compared else None,
+            "max_abs_error": errors.max_abs_error if compared else None,
+            "worst": None if worst is None else errors.worst,
+            "worst_tensor": None if worst is None or not worst.comparison.unequal else worst.name,
         }
     return found
 
 
-def transitions(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
+def transitions(pairs: Iterable[TensorPair]) -> list[dict[str, Any]]:
     """How many tensors of each class are stored as one thing in A and as another in B."""
     counts = Counter((pair.kind, pair.a.form, pair.b.form) for pair in pairs if pair.a.form != pair.b.form)
     return [{"class": kind, "a": a, "b": b, "tensors": count} for (kind, a, b), count in counts.items()]

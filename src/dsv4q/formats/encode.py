@@ -22,11 +22,11 @@ Not here: asymmetric zero points, per-channel and per-tensor scales; they go thr
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from dsv4q.formats.dtypes import e2m1_pairs
 
 NVFP4_GROUP = 16
 FP8_BLOCK = 128
@@ -34,8 +34,6 @@ E2M1_MAX = 6.0
 TILE = 1 << 18
 """Elements that a CPU works on at once: some twenty passes go over them, and their temporaries fit its cache."""
 E4M3_MAX = 448.0
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @torch.no_grad()
@@ -66,7 +64,7 @@ def nvfp4_encode(
 @torch.no_grad()
 def nvfp4_decode(packed: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
     """F32 values [..., M, N] of U8 `packed` [..., M, N/2]; scales as in `nvfp4_encode`. -0 keeps its sign."""
-    pairs = _e2m1_pairs(packed.device).index_select(0, packed.flatten().to(torch.int32))
+    pairs = e2m1_pairs(torch.float32, packed.device).index_select(0, packed.flatten().to(torch.int32))
     values = pairs.view(*packed.shape[:-1], packed.shape[-1] * 2 // NVFP4_GROUP, NVFP4_GROUP)
     _check_groups(values.flatten(-2), block_scale, NVFP4_GROUP)
     return values.mul_(nvfp4_scale(block_scale, global_scale).unsqueeze(-1)).flatten(-2)
@@ -102,14 +100,6 @@ def _e2m1_codes(scaled: Tensor, negative: Tensor) -> Tensor:
     codes += magnitude >= 3.5
     codes += magnitude > 5.0
     return codes
-
-
-@cache
-def _e2m1_pairs(device: torch.device) -> Tensor:
-    """F32 [256, 2]: the two values of every byte, low nibble first."""
-    table = torch.tensor(_E2M1, dtype=torch.float32)
-    byte = torch.arange(256)
-    return torch.stack((table[byte & 15], table[byte >> 4]), dim=-1).to(device)
 
 
 @torch.no_grad()
@@ -187,41 +177,31 @@ def int_group_encode(weight: Tensor, scale: Tensor, bits: int, group: int) -> Te
 @torch.no_grad()
 def int_group_decode(packed: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
     """F32 values [..., M, N] of I32 `packed`, N = scale.shape[-1] * group; scales as in `int_group_encode`."""
-    offset = _offset(bits)
-    unsigned = packed.contiguous().view(torch.uint8)
-    if bits == 4:
-        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(-2)
+    _offset(bits)
     columns = scale.shape[-1] * group
-    if unsigned.shape[-1] - columns not in range(32 // bits):
-        raise ValueError(f"{unsigned.shape[-1]} packed columns do not fit {columns}")
-    values = torch.unflatten(unsigned[..., :columns].to(torch.float32).sub_(offset), -1, (-1, group))
+    there = packed.shape[-1] * (32 // bits)
+    if there - columns not in range(32 // bits):
+        raise ValueError(f"{there} packed columns do not fit {columns}")
+    values = torch.unflatten(unpacked_integers(packed, bits, columns), -1, (-1, group))
     return values.mul_(scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
 @torch.no_grad()
-def error_sums(weights: Tensor, stored: Tensor) -> Tensor:
-    """What storing did to each of T tensors: `weights` of the source and `stored` F32, both [T, out, in].
+def unpacked_integers(words: Tensor, bits: int, count: int) -> Tensor:
+    """F32 [..., count]: signed integers of 1 to 8 bits, packed densely into I32 [..., W], the first in the lowest bits.
 
-    Returns:
-        F64 [T, 4]: the fields of `errorstats.TensorError` in their order.
+    -2^(bits-1) is stored as 0.
     """
-    reference = weights.to(torch.float32)
-    # Bits, not values: a -0 that became +0 is not the source's element.
-    same = (stored.view(torch.int32) == reference.view(torch.int32)).flatten(1).sum(dim=1)
-    squares = reference.square().sum(dim=(1, 2), dtype=torch.float64)
-    if not weights.is_cuda and int(same.sum()) == reference.numel():
-        none = torch.zeros_like(squares)
-        return torch.stack([none + 1, none, squares, none], dim=1)
-    difference = stored - reference
-    return torch.stack(
-        [
-            same.to(torch.float64) / reference[0].numel(),
-            difference.square().sum(dim=(1, 2), dtype=torch.float64),
-            squares,
-            difference.abs().amax(dim=(1, 2)).to(torch.float64),
-        ],
-        dim=1,
-    )
+    if bits in (4, 8):
+        unsigned = words.contiguous().view(torch.uint8)
+        if bits == 4:
+            unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(-2)
+        return unsigned[..., :count].to(torch.float32).sub_(1 << (bits - 1))
+    wide = pad(words.to(torch.int64).bitwise_and_(0xFFFFFFFF), (0, 1))
+    bit = torch.arange(count, device=words.device) * bits
+    low, offset = wide.index_select(-1, bit // 32), bit % 32
+    both = (low >> offset) | (wide.index_select(-1, bit // 32 + 1) << (32 - offset))
+    return both.bitwise_and_((1 << bits) - 1).to(torch.float32).sub_(1 << (bits - 1))
 
 
 def _offset(bits: int) -> int:

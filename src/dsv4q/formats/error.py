@@ -1,8 +1,12 @@
-"""Error of stored weights against their source, tensor by tensor and added up by class. Plain numbers, no tensors."""
+"""Error of stored weights against their source, tensor by tensor and added up by class. Plain numbers, no tensors.
+
+`compare.py` counts them. Sums are F64, errors relative to a weight are Frobenius norms: |stored - weight| / |weight|.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +23,8 @@ class TensorError:
 
     @property
     def relative(self) -> float:
-        """Frobenius norm of the error over that of the weight."""
-        if not self.squared_weight:
-            return math.inf if self.squared_error else 0.0
-        return math.sqrt(self.squared_error / self.squared_weight)
+        """Relative error; infinite where a weight of zeros has one."""
+        return _relative(self.squared_error, self.squared_weight)
 
     def as_dict(self) -> dict[str, float | None]:
         """For report.json; SQNR in dB, None where there is no noise."""
@@ -59,6 +61,11 @@ class Errors:
         )  # fmt: skip
         self.merge(one)
 
+    def add_all(self, names: Sequence[str], sums: Iterable[Sequence[float]]) -> None:
+        """Count T tensors; `sums` are the rows of `compare.error_sums`."""
+        for name, numbers in zip(names, sums, strict=True):
+            self.add(name, TensorError(*numbers))
+
     def merge(self, other: Errors) -> None:
         """Add what another set of tensors counted."""
         self.tensors += other.tensors
@@ -72,7 +79,7 @@ class Errors:
     @property
     def relative(self) -> float:
         """Relative error of all tensors together."""
-        return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
+        return _relative(self.squared_error, self.squared_weight)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Errors:
@@ -83,6 +90,12 @@ class Errors:
         """The sums, and what follows from them."""
         sums = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "each"}
         return {**sums, "relative_error": self.relative, "sqnr_db": sqnr_db(self.relative)}
+
+
+def _relative(squared_error: float, squared_weight: float) -> float:
+    if not squared_weight:
+        return math.inf if squared_error else 0.0
+    return math.sqrt(squared_error / squared_weight)
 
 
 def sqnr_db(relative: float) -> float | None:

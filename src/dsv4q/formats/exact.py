@@ -56,7 +56,7 @@ class Nvfp4Scales:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ExactExponents:
     """For each block of 16: the interval of exact exponents k, empty where `lower > upper`; and amax.
 
     Attributes:
@@ -70,7 +70,7 @@ class Grid:
 
 
 @torch.no_grad()
-def nvfp4_grid(weight: Tensor) -> Grid:
+def nvfp4_grid(weight: Tensor) -> ExactExponents:
     """Interval of exact exponents of every block of a weight [..., M, N] (BF16, F16 or F32), N a multiple of 16."""
     if not weight.is_cuda and weight.numel() > TILE and weight.is_contiguous():
         rows = weight.reshape(-1, weight.shape[-1])
@@ -80,10 +80,10 @@ def nvfp4_grid(weight: Tensor) -> Grid:
             lower, upper, amax = (
                 torch.cat(found) for found in zip(*((p.lower, p.upper, p.amax) for p in parts), strict=True)
             )
-            return Grid(lower.view(shape), upper.view(shape), amax.view(shape))
+            return ExactExponents(lower.view(shape), upper.view(shape), amax.view(shape))
     if weight.dtype is torch.bfloat16:
         by_kernel = nvfp4_grid_bits(weight)
-        found = _bf16_grid(weight) if by_kernel is None else Grid(*by_kernel)
+        found = _bf16_grid(weight) if by_kernel is None else ExactExponents(*by_kernel)
         if found is not None:
             return found
     blocks = _groups(weight).to(torch.float32)
@@ -92,10 +92,10 @@ def nvfp4_grid(weight: Tensor) -> Grid:
     lower = torch.where(zero, -_NONE, exponent - 3).amax(dim=-1)
     upper = torch.where(zero, _NONE, exponent - three_quarters.to(torch.int32)).amin(dim=-1)
     off = ~(zero | half | three_quarters).all(dim=-1)
-    return Grid(lower, torch.where(off, -2 * _NONE, upper), blocks.abs().amax(dim=-1))
+    return ExactExponents(lower, torch.where(off, -2 * _NONE, upper), blocks.abs().amax(dim=-1))
 
 
-def _bf16_grid(weight: Tensor) -> Grid | None:
+def _bf16_grid(weight: Tensor) -> ExactExponents | None:
     """The same on BF16's own bits, several times as fast; None if there are subnormals, whose bits read otherwise.
 
     |v| is eight bits of exponent E, e = E - 126, and seven of fraction: f = 0.5 has none set, f = 0.75 the top one.
@@ -111,7 +111,7 @@ def _bf16_grid(weight: Tensor) -> Grid | None:
     zeros = largest == 0
     lower = torch.where(zeros, -_NONE, (largest >> 7).to(torch.int32) - 129)
     upper = torch.where(zeros, _NONE, exponent.to(torch.int32) - 126)
-    return Grid(lower, torch.where(off, -2 * _NONE, upper), largest.view(torch.bfloat16).to(torch.float32))
+    return ExactExponents(lower, torch.where(off, -2 * _NONE, upper), largest.view(torch.bfloat16).to(torch.float32))
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def _nvfp4_scales(weight: Tensor) -> Nvfp4Scales:
     return Nvfp4Scales(scale, global_scale.reshape(-1, 1), exact.sum(dim=(-2, -1)))
 
 
-def _global_exponent(grid: Grid) -> Tensor:
+def _global_exponent(grid: ExactExponents) -> Tensor:
     """I32 [T]: g, as large as the largest block of each T allows, so that small blocks stay above the subnormals."""
     on = grid.lower <= grid.upper
     zero = grid.amax == 0

@@ -11,7 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dsv4q.formats.encode import TILE, error_sums, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.compare import error_sums
+from dsv4q.formats.encode import TILE, nvfp4_decode, nvfp4_encode
 
 
 @cache
@@ -57,7 +58,7 @@ def nvfp4_encode_measured(
         keep_negative_zero: see `encode.nvfp4_encode`.
 
     Returns:
-        U8 [T, M, N/2], and F64 [T, 4] as `encode.error_sums` gives them. On a GPU the sums of squares may differ from
+        U8 [T, M, N/2], and F64 [T, 4] as `compare.error_sums` gives them. On a GPU the sums of squares may differ from
         the eager ones in their last bits, for they are added in another order.
     """
     kernels = _for(weight)

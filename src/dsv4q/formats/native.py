@@ -14,20 +14,17 @@ prove that for a whole tensor at once; only a tensor with a scale near the ends 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from dsv4q.errors import WeightError
+from dsv4q.formats.dtypes import e2m1_pairs
+from dsv4q.formats.encode import FP8_BLOCK
 
-FP8_BLOCK = 128
 MXFP4_GROUP = 32
 E8M0_BIAS = 127
 E8M0_NAN = 0xFF
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""By code: sign << 3 | index."""
 _SAFE_MXFP4 = (0, 125 + E8M0_BIAS)
 """E8M0 codes under which every E2M1 value is a BF16 number: multiples of 2^-128 up to 1.5 * 2^127."""
 _SAFE_FP8 = (-124 + E8M0_BIAS, 119 + E8M0_BIAS)
@@ -54,7 +51,9 @@ def mxfp4_to_bf16(packed: Tensor, scale: Tensor, where: str = "") -> Tensor:
     columns = packed.shape[-1] * 2
     _check(scale, (*packed.shape[:-1], -(-columns // MXFP4_GROUP)))
     codes = _e8m0_codes(scale, where)
-    pairs = _e2m1_pairs(packed.device).index_select(0, packed.view(torch.uint8).flatten().to(torch.int32))
+    # A pair moves as one I32; in memory its low half is first, so on little-endian machines only.
+    both = e2m1_pairs(torch.bfloat16, packed.device).view(torch.int32).flatten()
+    pairs = both.index_select(0, packed.view(torch.uint8).flatten().to(torch.int32))
     values = pairs.view(torch.bfloat16).view(*packed.shape[:-1], columns)
     factors = _spread(codes, MXFP4_GROUP, columns)
     return _product(values, factors, codes, _SAFE_MXFP4, where)
@@ -132,11 +131,3 @@ def _refuse_if(bad: Tensor, what: str, expected: str, where: str) -> None:
         first = [int(i) for i in bad.nonzero()[0]]
         found = f"{int(bad.sum()):,} of {bad.numel():,} are not, the first at {first}"
         raise WeightError(what, where=where or None, expected=expected, found=found, hint=_AGAIN)
-
-
-@cache
-def _e2m1_pairs(device: torch.device) -> Tensor:
-    """I32 [256]: the two BF16 values of every byte, low nibble first (in memory, so little-endian machines only)."""
-    table = torch.tensor(E2M1_VALUES, dtype=torch.bfloat16)
-    byte = torch.arange(256)
-    return torch.stack((table[byte & 15], table[byte >> 4]), dim=-1).view(torch.int32).flatten().to(device)

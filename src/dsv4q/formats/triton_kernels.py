@@ -58,7 +58,7 @@ def _grid(weight, lower, upper, amax, odd, groups, LIMIT: tl.constexpr, BLOCK: t
 def nvfp4_encode_measured(
     weight: Tensor, block_scale: Tensor, global_scale: Tensor, keep_negative_zero: bool
 ) -> tuple[Tensor, Tensor]:
-    """`encode.nvfp4_encode` and the sums of `encode.error_sums` of what it stores, in one pass.
+    """`encode.nvfp4_encode` and the sums of `compare.error_sums` of what it stores, in one pass.
 
     Args:
         weight: BF16 [T, M, N], contiguous.

@@ -29,7 +29,9 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.headers import TensorEntry
+from dsv4q.checkpoint.native import MXFP4, release_form
 from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.formats.dtypes import E2M1_VALUES
 from dsv4q.layout import DTYPE_BYTES, Dims, Role, TensorSpec, source_tensors
 
 if TYPE_CHECKING:
@@ -54,7 +56,6 @@ _USUAL = 1 << 22
 _LEAST = 1 << 20
 _TABLE_ROWS = 1 << 13
 """Rows of the pool of hash tables."""
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -244,22 +245,13 @@ def kind_of(spec: TensorSpec, experts: int) -> Kind:
     """Which values a tensor has. What the release stores as MXFP4 or FP8 lies on that grid."""
     if spec.name.endswith("tid2eid"):
         return Kind(_EXPERTS, spec.dtype, scale=experts, width=spec.shape[1])
-    form = grid_of(spec)
+    form = release_form(spec)
     if form is not None:
         scale = 2.0 ** round(-math.log2(spec.shape[1]) / 2)
-        return Kind(form, spec.dtype, scale, width=_GROUP if form == _MXFP4 else 1)
+        name, width = (_MXFP4, _GROUP) if form == MXFP4 else (_FP8, 1)
+        return Kind(name, spec.dtype, scale, width=width)
     mean, deviation = moments(spec)
     return Kind(_NORMAL, spec.dtype, deviation, mean)
-
-
-def grid_of(spec: TensorSpec) -> str | None:
-    """`mxfp4`, `fp8`, or None for a tensor that the release stores as BF16, F32 or I64."""
-    if spec.role == Role.ROUTED_EXPERT:
-        return _MXFP4
-    if len(spec.shape) != 2 or not spec.name.endswith(".weight"):
-        return None
-    linear = spec.role in (Role.ATTENTION, Role.SHARED_EXPERT, Role.DRAFT_INPUT)
-    return _FP8 if linear or spec.module.endswith(".indexer.wq_b") else None
 
 
 def moments(spec: TensorSpec) -> tuple[float, float]:
@@ -303,7 +295,7 @@ def _mxfp4(kind: Kind, count: int, rng: np.random.Generator) -> np.ndarray[Any, 
 
     normal = NormalDist()
     quantiles = np.array([normal.inv_cdf((i + 0.5) / 256) for i in range(256)])
-    grid = np.array(_E2M1)
+    grid = np.array(E2M1_VALUES[:8])
     codes = np.abs(np.abs(quantiles[:, None]) * 6 / quantiles[-1] - grid).argmin(axis=1)
     values = np.copysign(grid[codes], quantiles)
     # Their deviation is about 2.2, and that of the four factors 0.6.

@@ -12,15 +12,15 @@ import hashlib
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.checkpoint.native import FP8, MXFP4, stored_shapes
-from dsv4q.layout import Dims, Role, TensorSpec
-from dsv4q.made_up.toy import Form, random_values
+from dsv4q.checkpoint.native import MXFP4, release_form, stored_shapes
+from dsv4q.formats.dtypes import E2M1_VALUES
+from dsv4q.layout import Dims, TensorSpec
+from dsv4q.made_up.toy import ToyForm, random_values
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
 _QUANTIZATION = {
     "activation_scheme": "dynamic",
@@ -30,20 +30,6 @@ _QUANTIZATION = {
     "weight_block_size": [128, 128],
 }
 """`quantization_config` of the release's config.json."""
-
-
-def release_form(spec: TensorSpec, expert_dtype: str = "fp4") -> str | None:
-    """How the release stores a tensor: MXFP4, FP8, or None where it is as in a BF16 checkpoint.
-
-    Args:
-        expert_dtype: `fp4` (DeepSeek-V4-Flash) or `fp8` (Base), as in their config.json.
-    """
-    if spec.role == Role.ROUTED_EXPERT:
-        return MXFP4 if expert_dtype == "fp4" else FP8
-    if len(spec.shape) != 2 or not spec.name.endswith(".weight"):
-        return None
-    linear = spec.role in (Role.ATTENTION, Role.SHARED_EXPERT, Role.DRAFT_INPUT)
-    return FP8 if linear or spec.module.endswith(".indexer.wq_b") else None
 
 
 def stored_specs(spec: TensorSpec, expert_dtype: str = "fp4") -> tuple[TensorSpec, ...]:
@@ -84,7 +70,7 @@ def _mxfp4(weights: np.ndarray[Any, Any], rng: np.random.Generator) -> tuple[tor
     groups = np.pad(weights, ((0, 0), (0, -columns % 32))).reshape(rows, -1, 32)
     exponent, moved, zero = _exponents(np.abs(groups).max(-1), 6.0, rng, spread=10)
     scaled = np.where(zero[..., None], 0.0, np.abs(np.ldexp(groups, -exponent[..., None])))
-    middles = np.array([(a + b) / 2 for a, b in pairwise(_E2M1)], dtype=np.float32)
+    middles = np.array([(a + b) / 2 for a, b in pairwise(E2M1_VALUES[:8])], dtype=np.float32)
     codes = np.searchsorted(middles, scaled).astype(np.uint8) | np.signbit(groups).astype(np.uint8) << 3
     codes = codes.reshape(rows, -1)[:, : columns + columns % 2]
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
@@ -151,18 +137,18 @@ def _dequantized(spec: TensorSpec, dims: Dims, seed: int, expert_dtype: str) -> 
     return (decode(*codes_and_scales(spec, form, dims, seed), spec.name),)
 
 
-def grid_form(expert_dtype: str = "fp4") -> Form:
+def grid_form(expert_dtype: str = "fp4") -> ToyForm:
     """A BF16 checkpoint of values on the release's grid. `expert_dtype`: see `release_form`."""
-    return Form(
+    return ToyForm(
         config={"expert_dtype": expert_dtype},
         stored=lambda spec: (spec,),
         values=lambda spec, dims, seed: _dequantized(spec, dims, seed, expert_dtype),
     )
 
 
-def native_form(expert_dtype: str = "fp4") -> Form:
+def native_form(expert_dtype: str = "fp4") -> ToyForm:
     """The same checkpoint as DeepSeek publishes it: codes and scales, and a config.json that says so."""
-    return Form(
+    return ToyForm(
         config={"expert_dtype": expert_dtype, "quantization_config": _QUANTIZATION},
         stored=lambda spec: stored_specs(spec, expert_dtype),
         values=lambda spec, dims, seed: _stored(spec, dims, seed, expert_dtype),

@@ -10,59 +10,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.data.tokens import ASSISTANT, BOS, EOS, PAD, THINK, THINK_END, USER
 from dsv4q.errors import ConfigError, OutputError
 from dsv4q.layout import CSA, HCA, SLIDING, Dims, TensorSpec, source_tensors
 from dsv4q.made_up.generated import moments
+from dsv4q.made_up.words import (
+    ENCODING_README,
+    LICENSE,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    chat_samples,
+    pretty_json,
+    train_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
 
-SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, THINK_END)
-"""Ids 0 to 6 of the toy tokenizer. The first three are special, the rest plain added tokens, as in the release."""
-
 LEAST_VOCAB = 256 + len(SPECIAL_TOKENS)
-CONVERSATIONS = 256
-"""About 360 tokens each: enough for 64 samples of 512 tokens, the shipped configs' calibration."""
-
 MAX_SHARDS = 99999
-LICENSE = """MIT License
-
-Copyright (c) 2023 DeepSeek
-
-Permission is hereby granted, free of charge, to any person obtaining a copy
-of this software and associated documentation files (the "Software"), to deal
-in the Software without restriction, including without limitation the rights
-to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-copies of the Software, and to permit persons to whom the Software is
-furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all
-copies or substantial portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-SOFTWARE.
-"""
-
-ENCODING_README = f"""# Chat encoding
-
-A conversation is plain text for the tokenizer; there is no Jinja template.
-
-    {BOS}SYSTEM{USER}QUESTION{ASSISTANT}{THINK_END}ANSWER{EOS}
-
-In thinking mode an answer is {THINK}REASONING{THINK_END}ANSWER instead.
-"""
 
 
 @dataclass(frozen=True)
@@ -175,7 +145,7 @@ _FIXED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Form:
+class ToyForm:
     """What lies in a toy's files; the model is the same in every form."""
 
     config: Mapping[str, Any]
@@ -252,13 +222,13 @@ def random_values(spec: TensorSpec, dims: Dims, seed: int) -> torch.Tensor:
     return values.mul_(std).add_(mean).to(torch.bfloat16 if spec.dtype == "BF16" else torch.float32)
 
 
-RANDOM = Form(
+RANDOM = ToyForm(
     config={}, stored=lambda spec: (spec,), values=lambda spec, dims, seed: (random_values(spec, dims, seed),)
 )
 """A BF16 checkpoint of random weights, which lie on no grid. `native.py` has other forms."""
 
 
-def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, form: Form = RANDOM) -> ToySummary:
+def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, form: ToyForm = RANDOM) -> ToySummary:
     """Write a complete toy checkpoint into `out`; memory holds one shard.
 
     The index comes last, so a folder with an index is whole. The same arguments give the same bytes. Only
@@ -297,7 +267,7 @@ def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, form: Form
         nbytes = sum(part.nbytes for part in parts)
         weight_map = {part.name: name for name, members in zip(names, shards, strict=True) for part in members}
         index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_text(out / "model.safetensors.index.json", _pretty(index))
+        _write_text(out / "model.safetensors.index.json", pretty_json(index))
     except OSError as error:
         raise OutputError("The toy cannot be written", where=error.filename or out, found=error.strerror) from error
     return ToySummary(
@@ -344,18 +314,14 @@ def _write_text(path: Path, text: str) -> None:
     path.chmod(0o644)
 
 
-def _pretty(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _small_files(toy: ToyConfig, form: Form, conversations: Sequence[list[dict[str, str]]]) -> dict[str, str]:
+def _small_files(toy: ToyConfig, form: ToyForm, conversations: Sequence[list[dict[str, str]]]) -> dict[str, str]:
     """Name -> text of all files but the shards and the index."""
     generation = {"_from_model_config": True, "bos_token_id": 0, "do_sample": True, "eos_token_id": 1}
     return {
-        "config.json": _pretty(toy.as_config_json(form.config)),
-        "generation_config.json": _pretty({**generation, "temperature": 1.0, "top_p": 1.0}),
+        "config.json": pretty_json(toy.as_config_json(form.config)),
+        "generation_config.json": pretty_json({**generation, "temperature": 1.0, "top_p": 1.0}),
         "tokenizer.json": train_tokenizer(conversations, toy.vocab_size),
-        "tokenizer_config.json": _pretty(_TOKENIZER_CONFIG),
+        "tokenizer_config.json": pretty_json(TOKENIZER_CONFIG),
         "encoding/README.md": ENCODING_README,
         "LICENSE": LICENSE,
         "chat_samples.jsonl": "".join(
@@ -363,82 +329,3 @@ def _small_files(toy: ToyConfig, form: Form, conversations: Sequence[list[dict[s
         ),
         **form.texts,
     }
-
-
-_TOKENIZER_CONFIG = {
-    "add_bos_token": False,
-    "add_eos_token": False,
-    "bos_token": SPECIAL_TOKENS[0],
-    "clean_up_tokenization_spaces": False,
-    "eos_token": SPECIAL_TOKENS[1],
-    "model_max_length": 1048576,
-    "pad_token": SPECIAL_TOKENS[2],
-    "tokenizer_class": "PreTrainedTokenizerFast",
-}
-
-
-def train_tokenizer(conversations: Sequence[list[dict[str, str]]], vocab_size: int) -> str:
-    """Train a byte-level BPE on the conversations' text; returns the tokenizer.json.
-
-    It has at most `vocab_size` tokens: fewer when the text holds no more pairs to merge.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((m["content"] for messages in conversations for m in messages), trainer)
-    parsed = json.loads(tokenizer.to_str())
-    for token in parsed["added_tokens"]:
-        token["special"] = token["id"] < 3  # the trainer can only add special ones; the release's role marks are not
-    return _pretty(parsed)
-
-
-_THINGS = (
-    "a lighthouse", "the old harbour", "a paper kite", "the northern market", "a copper kettle", "the night train",
-    "a walnut table", "the village school", "a field of barley", "the stone bridge", "a violin", "the water mill",
-    "a greenhouse", "the winter coast", "a clay oven", "the city library", "a fishing boat", "the mountain road",
-)  # fmt: skip
-_DEEDS = (
-    "repair", "describe", "paint", "measure", "compare", "explain", "draw", "name", "plan", "clean", "photograph",
-    "restore", "visit", "translate the story of", "write a short poem about", "estimate the cost of",
-)  # fmt: skip
-_REASONS = (
-    "because the weather changes quickly", "since nobody has done it before", "so that the children can use it",
-    "although it will take three weeks", "before the first snow falls", "while the river is still low",
-    "as my grandmother always did", "even if the tools are simple", "when the guests arrive in June",
-    "unless the price rises by 12 percent", "after the festival in März", "with only 45 euros to spend",
-)  # fmt: skip
-_STEPS = (
-    "Begin with a list of what you already have", "Look closely at the edges and the joints",
-    "Ask the people who live nearby", "Write each number down twice", "Let everything dry for about 8 hours",
-    "Choose the lighter of the two colours", "Start early, because the light is better",
-    "Keep a small note of every change", "Check the result against the first sketch",
-    "Work from the left to the right", "Stop as soon as the surface feels warm", "Use cold water and a soft cloth",
-)  # fmt: skip
-_SYSTEMS = ("You are a patient craftsman.", "Answer briefly and name your reasons.", "You are a helpful assistant.")
-
-
-def chat_samples(count: int = CONVERSATIONS) -> list[list[dict[str, str]]]:
-    """`count` conversations of two to four exchanges, a third of them with a system message; always the same ones."""
-    rng = random.Random("dsv4q chat samples")
-
-    def pick(words: Sequence[str]) -> str:
-        return words[int(rng.random() * len(words))]  # Python promises the same random() in every version, not choice()
-
-    def conversation() -> Iterator[dict[str, str]]:
-        if rng.random() < 1 / 3:
-            yield {"role": "system", "content": pick(_SYSTEMS)}
-        for _ in range(2 + int(rng.random() * 3)):
-            deed, thing = pick(_DEEDS), pick(_THINGS)
-            yield {"role": "user", "content": f"How would you {deed} {thing} {pick(_REASONS)}?"}
-            steps = " ".join(f"{pick(_STEPS)} {pick(_REASONS)}." for _ in range(3))
-            yield {"role": "assistant", "content": f"To {deed} {thing}, think of {pick(_THINGS)} first. {steps}"}
-
-    return [list(conversation()) for _ in range(count)]

@@ -18,7 +18,7 @@ from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan, balanced_shards, b
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config
 from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
-from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, class_name, source_tensors
+from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
 from dsv4q.plan.needs import Estimate, estimate
 from dsv4q.plan.targets import published_config, select
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme, stored_tensors
@@ -114,7 +114,7 @@ def _classes(items: Iterable[tuple[TensorSpec, int, int]]) -> dict[str, dict[str
     """Tensors and bytes by class, of (tensor of the model, tensors, bytes)."""
     found: dict[str, dict[str, int]] = {}
     for spec, count, nbytes in items:
-        entry = found.setdefault(class_name(spec), {"tensors": 0, "bytes": 0})
+        entry = found.setdefault(spec.class_name, {"tensors": 0, "bytes": 0})
         entry["tensors"] += count
         entry["bytes"] += nbytes
     return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from dsv4q.errors import RecipeError
+from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import Shape
 
 NVFP4 = "nvfp4-pack-quantized"
@@ -290,10 +291,7 @@ def probe(scheme: Scheme, shape: Shape) -> tuple[StoredTensor, ...]:
     from compressed_tensors.quantization import initialize_module_for_quantization
     from compressed_tensors.utils import get_direct_state_dict
 
-    names = {
-        torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
-        torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
-    }  # fmt: skip
+    names = {torch_dtypes()[name]: name for name in _STORED_DTYPES}
     linear = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=torch.bfloat16)
     try:
         initialize_module_for_quantization(linear, as_library_scheme(scheme))
@@ -315,6 +313,8 @@ def probe(scheme: Scheme, shape: Shape) -> tuple[StoredTensor, ...]:
     return tuple(sorted(entries, key=lambda item: not item[0].startswith("weight")))
 
 
+_STORED_DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "U8", "I8", "I32", "I64")
+"""Dtypes that a linear may be stored as; a scheme that wants another is refused."""
 _PUBLISHED_ARGS = (
     "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder",
     "scale_dtype", "zp_dtype",

@@ -9,8 +9,8 @@ import torch
 
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.writer import BackgroundWriter
+from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.run.linears import EncodedLinears, PlannedLinear
-from dsv4q.run.measure import tensor_bytes
 
 _PENDING = 4
 """Pieces of work that may wait; each holds the encoded form of some hundred million weights."""

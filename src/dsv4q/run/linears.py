@@ -75,7 +75,7 @@ class EncodedLinears:
     stored: State
     """By suffix, each [T, ...] over the linears."""
     sums: torch.Tensor
-    """F64 [T, 4], what storing them did; see `formats/encode.py`, `error_sums`."""
+    """F64 [T, 4], what storing them did; see `formats/compare.py`, `error_sums`."""
 
 
 @dataclass

@@ -17,15 +17,13 @@ import torch
 from dsv4q.checkpoint.pipes import Stopped, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import WeightError
+from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
 from dsv4q.layout import Role, TensorSpec
 from dsv4q.plan.work import TensorWork
 from dsv4q.run.experts import ExpertMemory
-from dsv4q.run.measure import tensor_bytes
 
 READ_THREADS = 8
 """A GPU needs its bytes faster than one thread copies them out of the page cache (2.2 s a block; 0.41 s with 8)."""
-
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 
 Put = Callable[[str, Sequence[tuple[str, memoryview]]], None]
 """Takes a block and tensors of it to be written as they are: output name and bytes."""
@@ -178,7 +176,7 @@ class Loader:
         """One tensor on the host; for a GPU in pinned memory, from which copies run at full speed."""
         spec = work.spec
         if work.computed and self.device.type == "cuda":
-            tensor = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], pin_memory=True)
+            tensor = torch.empty(spec.shape, dtype=torch_dtypes()[spec.dtype], pin_memory=True)
             self.source.read_into(spec.name, tensor.reshape(-1).view(torch.uint8).numpy().data)
             return tensor
         tensor = self.source.tensor(spec.name)

@@ -10,15 +10,19 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.observers.min_max import StaticMinMaxObserver
 
 from dsv4q.errors import RankError
-from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, error_sums, fp8_block_encode, nvfp4_encode
+from dsv4q.formats import stored as forms
+from dsv4q.formats.compare import error_sums
+from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, fp8_block_encode, nvfp4_encode
 from dsv4q.model.model import release
-from dsv4q.model.upstream import encode_module, weights_on_every_rank
+from dsv4q.model.upstream import decode_state, encode_module, scheme_of, weights_on_every_rank
+from dsv4q.recipe.schemes import FLOAT, NVFP4, PACKED_INT
 from dsv4q.run.linears import (
     BATCH_ELEMENTS,
     GLOBAL_SCALES,
@@ -28,7 +32,6 @@ from dsv4q.run.linears import (
     State,
     check_inputs,
 )
-from dsv4q.run.measure import decoded
 from dsv4q.run.observers import ExactFp8BlockObserver, settle_nvfp4
 
 
@@ -133,7 +136,7 @@ class ModuleLinears:
         """See `Linears.encoded`; a module gives its weight up once it is encoded."""
         for linears in self._batches([linear for linear in self.linears if linear.spec.name in mine]):
             stored = _encode(linears)
-            sums = error_sums(_stack(linears, "weight"), decoded(linears[0].module, stored))
+            sums = error_sums(_stack(linears, "weight"), _decoded(linears[0].module, stored))
             yield EncodedLinears(linears, stored, sums)
             for linear in linears:
                 release(linear.module)
@@ -180,3 +183,25 @@ def _encode_alone(linear: PlannedLinear) -> State:
 
 def _stack(linears: Sequence[PlannedLinear], name: str) -> torch.Tensor:
     return torch.stack([linear.parameter(name) for linear in linears])
+
+
+def _decoded(module: torch.nn.Linear, stored: State) -> torch.Tensor:
+    """F32 [T, out, in] that the stored tensors of T linears under the scheme of `module` stand for."""
+    form = _stored_form(scheme_of(module))
+    if form is not None:
+        return forms.decode(form, stored)
+    count = next(iter(stored.values())).shape[0]
+    alone = ({name: value[index] for name, value in stored.items()} for index in range(count))
+    return torch.stack([decode_state(module, one).to(torch.float32) for one in alone])
+
+
+def _stored_form(scheme: Any) -> forms.StoredForm | None:
+    """How linears are stored under a scheme of compressed-tensors; None where it has to decode them itself."""
+    kind, weights = str(getattr(scheme.format, "value", scheme.format)), scheme.weights
+    if kind == NVFP4:
+        return forms.NVFP4
+    if kind == FLOAT and weights.block_structure == [128, 128]:
+        return forms.FP8_BLOCKS
+    if kind == PACKED_INT and weights.symmetric and weights.group_size and weights.num_bits in (4, 8):
+        return forms.packed_integers(weights.num_bits, weights.group_size)
+    return None

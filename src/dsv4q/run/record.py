@@ -13,7 +13,6 @@ import torch
 from dsv4q.formats.error import Errors
 from dsv4q.plan.work import RankWork
 from dsv4q.run.linears import GLOBAL_SCALES, EncodedLinears, check_scales
-from dsv4q.run.measure import add_errors
 
 
 @dataclass
@@ -40,7 +39,7 @@ class BlockRecord:
         for suffix in (name for name in GLOBAL_SCALES if name in stored):
             for linear, value in zip(linears, stored[suffix].flatten().tolist(), strict=True):
                 self.scales[f"{linear.projection}.{suffix}"].append(value)
-        add_errors(self.errors[linears[0].spec.role], [linear.spec.name for linear in linears], sums)
+        self.errors[linears[0].spec.role].add_all([linear.spec.name for linear in linears], sums.tolist())
         self.done.encoded_linears += len(linears)
         self.done.write_bytes += sum(tensor.nbytes for linear in linears for tensor in linear.planned)
 

@@ -19,8 +19,8 @@ import torch
 
 from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
 from dsv4q.checkpoint.pipes import Behind, loaded_ahead
+from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.plan.needs import STREAMS_IN_MEMORY, STREAMS_ON_GPU
-from dsv4q.run.measure import tensor_bytes
 
 SAVE_BYTES_PER_SECOND = 1e9
 """What saving is taken to cost."""

@@ -1,4 +1,4 @@
-"""Seconds by stage of one block, on the timeline of the device."""
+"""How long the stages of a block take, on the host or on a GPU's own timeline."""
 
 from __future__ import annotations
 
