@@ -36,8 +36,6 @@ from dsv4q.plan.plan import (
 )
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report, peak_memory
-from dsv4q.report.page.write import PAGE, write_page_of_run, write_report
-from dsv4q.report.page.write import Job as ReportJob
 
 if TYPE_CHECKING:
     import torch
@@ -126,10 +124,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         # Every rank has looked at OUT before one of them changes it.
         here.wait_for_all()
         if here.from_leader(is_finished(job.out)):
-            report = already_there(job.out, identity, resume=job.resume)
-            if run.is_leader and not (job.out / PAGE).exists():
-                write_report(ReportJob(job.out))
-            return report
+            return already_there(job.out, identity, resume=job.resume)
         journal = _journal(job, run, identity, console)
         try:
             report = run_blocks(run, journal, identity, console)
@@ -140,7 +135,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         finally:
             journal.close()
     if run.is_leader:
-        write_page_of_run(job.out, require_verified(job.out))
+        require_verified(job.out)
     return report
 
 
