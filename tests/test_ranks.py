@@ -72,6 +72,7 @@ def test_several_ranks_write_the_bytes_of_one(ranks: int, job: Job, alone: Path,
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [rank["rank"] for rank in report["ranks"]] == list(range(ranks))
     assert all(rank["encoded_linears"] and rank["write_bytes"] for rank in report["ranks"])
+    assert f"What each of {ranks} ranks did" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_resumes_it(

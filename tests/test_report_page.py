@@ -23,12 +23,12 @@ from dsv4q import evaluate
 from dsv4q.errors import OutputError, SourceError
 from dsv4q.quantize import Job as Run
 from dsv4q.report.page import write
-from dsv4q.report.page.figures import percent
 from dsv4q.report.page.heatmap import NOTHING, png, scale
 from dsv4q.report.page.inputs import EVALUATION_FORMAT, Inputs, block_of, read_inputs
 from dsv4q.report.page.page import build_page
 from dsv4q.report.page.record import Gap, Record
 from dsv4q.report.page.timing import on_disk_after
+from dsv4q.report.page.wording import percent
 from dsv4q.report.page.write import PAGE, PageRequest, write_report
 from dsv4q.verify.judge import verify
 from runs import run, toy_job

@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from dsv4q.console import human_bytes, human_seconds
 from dsv4q.report.page.charts import Line, line_chart, linear_axis, names_axis
-from dsv4q.report.page.figures import axis_percent, counted, percent, short
-from dsv4q.report.page.record import Gap, Record, short_name
+from dsv4q.report.page.record import Gap, Record
+from dsv4q.report.page.wording import axis_percent, counted, percent, short, short_name
 
 SHOWN = 50
 """Differences that the page lists."""

@@ -52,9 +52,8 @@ def build_page(inputs: Inputs) -> tuple[str, list[str]]:
 @cache
 def _template() -> Template:
     loader = PackageLoader("dsv4q.report.page", "")
-    settings = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                           lstrip_blocks=True)  # fmt: skip
-    return settings.get_template("page.html")
+    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return found.get_template("page.html")
 
 
 def _sections(inputs: Inputs) -> list[Section]:

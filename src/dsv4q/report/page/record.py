@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -66,13 +66,3 @@ def layers_of(report: Record) -> list[tuple[str, Record]]:
     """Number and record of every main layer, in order."""
     found = [(block["block"], block) for block in report["blocks"]]
     return [(name.removeprefix("layers."), block) for name, block in found if name.startswith("layers.")]
-
-
-def short_name(block: str) -> str:
-    """A layer's number; other blocks by name."""
-    return block.removeprefix("layers.")
-
-
-def and_list(words: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join(([", ".join(words[:-1])] if len(words) > 1 else []) + list(words[-1:]))

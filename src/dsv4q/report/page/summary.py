@@ -8,9 +8,9 @@ from typing import Any
 
 from dsv4q.console import human_bytes, human_seconds
 from dsv4q.report.page.charts import block_strip, pair_of_bars
-from dsv4q.report.page.figures import Unit, counted, short
 from dsv4q.report.page.inputs import Inputs, ShardBytes
-from dsv4q.report.page.record import Gap, Record, and_list, short_name, shown_or_gap
+from dsv4q.report.page.record import Gap, Record, shown_or_gap
+from dsv4q.report.page.wording import Unit, and_list, counted, short, short_name
 
 Tile = tuple[str, str | None]
 """The figure, and a line below it."""

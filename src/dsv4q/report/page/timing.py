@@ -8,8 +8,8 @@ from typing import Any
 
 from dsv4q.console import human_bytes, human_seconds
 from dsv4q.report.page.charts import Axis, Figure, Line, Tips, bar_chart, line_chart, linear_axis, names_axis
-from dsv4q.report.page.figures import Unit, percent, seconds
-from dsv4q.report.page.record import Gap, Record, short_name
+from dsv4q.report.page.record import Gap, Record
+from dsv4q.report.page.wording import Unit, percent, seconds, short_name
 
 STAGES = {
     "read": "waiting until the block's weights are on the device",

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from dsv4q.report.page.charts import Figure, Line, line_chart, linear_axis, log_axis, names_axis
-from dsv4q.report.page.figures import axis_percent, percent, short
-from dsv4q.report.page.record import Gap, Record, and_list, layers_of
+from dsv4q.report.page.record import Gap, Record, layers_of
+from dsv4q.report.page.wording import and_list, axis_percent, percent, short
 
 WORST = 12
 """Tensors that the table of the worst ones lists."""

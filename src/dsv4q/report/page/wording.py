@@ -1,8 +1,9 @@
-"""Numbers as the whole page writes them."""
+"""Numbers, names and lists as the whole page writes them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -38,6 +39,16 @@ def seconds(value: float | None) -> str:
 def counted(differences: int) -> str:
     """`1 difference`, `2 differences`."""
     return f"{differences:,} difference{'' if differences == 1 else 's'}"
+
+
+def short_name(block: str) -> str:
+    """A layer's number; other blocks by name."""
+    return block.removeprefix("layers.")
+
+
+def and_list(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(([", ".join(words[:-1])] if len(words) > 1 else []) + list(words[-1:]))
 
 
 @dataclass(frozen=True)
