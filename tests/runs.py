@@ -10,6 +10,7 @@ from dsv4q.config import Config, load_config
 from dsv4q.console import Console, Mode
 from dsv4q.made_up.toy import write_toy
 from dsv4q.quantize import Job, quantize
+from dsv4q.report.page.write import write_missing_page
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -38,8 +39,10 @@ def toy_job(folder: Path, config_name: str = "toy", *, seed: int = 0, make: bool
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run a job without a word; its report."""
-    return quantize(job, Console(Mode.QUIET))
+    """Run a job without a word, as the command does; its report."""
+    report = quantize(job, Console(Mode.QUIET))
+    write_missing_page(job.out)
+    return report
 
 
 def finished_files(out: Path) -> list[str]:

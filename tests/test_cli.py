@@ -263,6 +263,24 @@ def test_json_of_a_run_is_its_report_and_nothing_else_is_printed(quantized: Resu
     assert quantized.object == json.loads((folder / "out" / "report.json").read_text())
 
 
+def test_a_run_ends_with_its_page(quantized: Result, folder: Path) -> None:
+    assert quantized.code == 0 and "no difference" in (folder / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("world", "rank", "first"), [(None, None, True), ("1", "0", True), ("2", "0", True),
+                                                      ("2", "1", False)])  # fmt: skip
+def test_of_several_ranks_only_the_first_writes_the_page(
+    world: str | None, rank: str | None, first: bool, quantized: Result, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr("dsv4q.quantize.quantize", lambda job, console: quantized.object)
+    monkeypatch.setattr("dsv4q.report.page.write.write_missing_page", written.append)
+    for name, value in (("WORLD_SIZE", world), ("RANK", rank)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert cli("quantize", folder / "source", folder / "out", "-c", TOY).code == 0
+    assert written == [folder / "out"] * first
+
+
 def test_data_option_replaces_the_dataset_of_the_config(quantized: Result, folder: Path) -> None:
     assert quantized.object["calibration"]["dataset"] == str(folder / "texts.jsonl")
     assert quantized.object["calibration"]["source"].endswith("texts.jsonl, 60 rows")

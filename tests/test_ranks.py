@@ -83,6 +83,7 @@ def test_several_ranks_write_the_bytes_of_one(ranks: int, job: Job, alone: Path,
     assert done.out.count("is complete") == 1
     assert_same(alone, tmp_path / "out")
     assert work_done(tmp_path / "out") == planned(job, ranks)
+    assert f"What each of {ranks} ranks did" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_resumes_it(

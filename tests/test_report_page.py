@@ -19,19 +19,25 @@ from typing import Any
 
 import pytest
 
+from dsv4q import evaluate
 from dsv4q.errors import OutputError, SourceError
 from dsv4q.quantize import Job as Run
-from dsv4q.report.page.colours import DARK, LIGHT, NOTHING, SERIES, rgb, scale
-from dsv4q.report.page.heatmap import png
-from dsv4q.report.page.inputs import Inputs, block_of, read_inputs
-from dsv4q.report.page.markup import el, percent
-from dsv4q.report.page.node import Gap, Node
+from dsv4q.report.page import write
+from dsv4q.report.page.heatmap import NOTHING, png, scale
+from dsv4q.report.page.inputs import EVALUATION_FORMAT, Inputs, block_of, read_inputs
 from dsv4q.report.page.page import build_page
+from dsv4q.report.page.record import Gap, Record
 from dsv4q.report.page.timing import on_disk_after
-from dsv4q.report.page.write import PAGE, Job, write_report
+from dsv4q.report.page.wording import percent
+from dsv4q.report.page.write import PAGE, PageRequest, write_report
 from dsv4q.verify.judge import verify
 from runs import run, toy_job
 from test_cli import cli
+
+CSS = (Path(write.__file__).parent / "page.css").read_text()
+LIGHT, DARK = (
+    dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", colours)) for colours in re.findall(r":root {(.*?)}", CSS, re.S)
+)
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -106,11 +112,11 @@ def inputs_of(report: Any, **others: Any) -> Inputs:
     }
     judged |= {"differences": [], "errors": {}}
     given: dict[str, Any] = {
-        "checked": Node(judged, "verification"),
-        "config": Node({"num_hash_layers": 2}, "config.json"),
+        "checked": Record(judged, "verification"),
+        "config": Record({"num_hash_layers": 2}, "config.json"),
         "shards": Gap("no headers"),
     }
-    return Inputs("toy", Node(report, "report.json"), **(given | others))
+    return Inputs("toy", Record(report, "report.json"), **(given | others))
 
 
 # ------------------------------------------------------------------------------------------------ of a run
@@ -183,8 +189,11 @@ def test_text_of_the_report_is_escaped_everywhere(report: dict[str, Any]) -> Non
     assert Page(text).open == []
 
 
-def test_attributes_cannot_be_left() -> None:
-    assert el("p", {"title": '"><b>'}, "</p>") == '<p title="&quot;&gt;&lt;b&gt;">&lt;/p&gt;</p>'
+def test_attributes_cannot_be_left(report: dict[str, Any]) -> None:
+    evil = '"><i>'
+    report["errors"] = {evil: report["errors"]["routed expert"]}
+    page = page_of(report)
+    assert any(name == "aria-label" and evil in value for _, name, value in page.attributes) and "i" not in page.tags
 
 
 # ------------------------------------------------------------------------------------------------ what it shows
@@ -259,7 +268,7 @@ def test_experts_without_tokens_are_counted_named_and_coloured(report: dict[str,
     page = page_of(report)
     assert "2 of 40 experts got no token" in page.shown and "5, 7" in page.shown
     (address,) = [value for tag, _, value in page.attributes if tag == "image" and value.startswith("data:")]
-    assert pixels(address)[3][5] == pixels(address)[3][7] == rgb(NOTHING)
+    assert pixels(address)[3][5] == pixels(address)[3][7] == NOTHING
 
 
 def pixels(address: str) -> list[list[tuple[int, int, int]]]:
@@ -281,7 +290,7 @@ def test_a_heat_map_of_the_full_size_is_small_and_right() -> None:
     cells = [[(layer * 7 + expert) % 65 for expert in range(256)] for layer in range(43)]
     address = png(cells)
     assert len(address) < 20_000
-    assert pixels(address) == [[(rgb(NOTHING), *scale(64))[value] for value in row] for row in cells]
+    assert pixels(address) == [[(NOTHING, *scale(64))[value] for value in row] for row in cells]
 
 
 def test_a_page_of_the_full_size_is_below_a_megabyte(report: dict[str, Any]) -> None:
@@ -342,7 +351,7 @@ def evaluation() -> dict[str, Any]:
 
 def test_an_evaluation_is_shown_with_its_numbers(artifact: Path) -> None:
     (artifact / "eval.json").write_text(json.dumps(evaluation()))
-    made = write_report(Job(artifact))
+    made = write_report(PageRequest(artifact))
     shown = Page(made.page.read_text()).shown
     assert made.gaps == []
     for expected in ("5.25", "5.5", "1.0476", "0.0441", "93.75 %", "81.25 %", "−1.23", "none", "2.250", "10.90 %"):
@@ -356,15 +365,27 @@ def test_without_an_evaluation_there_is_no_part_for_it(finished: Run) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', "\xff", "[" * 100_000])
 def test_an_evaluation_that_cannot_be_used_is_a_marked_gap(content: str, artifact: Path) -> None:
     (artifact / "eval.json").write_text(content, encoding="latin-1")
-    made = write_report(Job(artifact))
+    made = write_report(PageRequest(artifact))
     assert made.gaps and all("eval.json" in gap for gap in made.gaps)
     assert "Not shown: " in Page(made.page.read_text()).shown
+
+
+@pytest.mark.parametrize("version", [0, 2, True, None, "1"])
+def test_an_evaluation_of_another_format_is_a_gap_and_nothing_of_it_is_shown(version: Any, artifact: Path) -> None:
+    (artifact / "eval.json").write_text(json.dumps(evaluation() | {"format": version}))
+    made = write_report(PageRequest(artifact))
+    assert made.gaps == [f"eval.json has another format: {json.dumps(version)}, not 1"]
+    assert "93.75 %" not in Page(made.page.read_text()).shown
+
+
+def test_the_page_shows_evaluations_of_the_format_that_is_written() -> None:
+    assert EVALUATION_FORMAT == evaluate.FORMAT
 
 
 def test_a_saved_verification_is_shown_beside_that_of_now(finished: Run, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     saved.write_text(json.dumps(verify(finished.out, source=finished.source, deep=True, progress=None).as_dict()))
-    made = write_report(Job(finished.out, tmp_path / "page.html", saved=saved))
+    made = write_report(PageRequest(finished.out, tmp_path / "page.html", saved=saved))
     shown = Page(made.page.read_text()).shown
     assert "Saved result:" in shown and "When this page was made:" in shown and "Error against the source" in shown
 
@@ -390,7 +411,7 @@ def test_reading_every_value_finds_what_headers_do_not_show(artifact: Path) -> N
 def test_a_report_alone_makes_a_page_with_marked_gaps(finished: Run, tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     shutil.copy(finished.out / "report.json", tmp_path / "alone")
-    made = write_report(Job(tmp_path / "alone"))
+    made = write_report(PageRequest(tmp_path / "alone"))
     assert made.checked is None and len(made.gaps) == 1 and "config.json" in made.gaps[0]
     shown = Page(made.page.read_text()).shown
     assert "8.12 %" in shown and "bytes by block; no shard's header could be read" in shown
@@ -404,6 +425,19 @@ def test_input_scales_without_what_they_cover_are_a_marked_gap(report: dict[str,
         block.pop("input_amax", None)
     _, gaps = build_page(inputs_of(report))
     assert gaps == ["report.json has input scales, but not what they cover (blocks[].input_amax)"]
+
+
+def test_what_is_missing_is_named_with_its_place(report: dict[str, Any]) -> None:
+    del report["artifact"]["shards"][1]["bytes"], report["blocks"][3]["seconds"]
+    _, gaps = build_page(inputs_of(report))
+    assert gaps == ["report.json: blocks[3].seconds is missing", "report.json: artifact.shards[1].bytes is missing"]
+
+
+def test_what_cannot_be_read_is_a_gap_in_its_place_and_the_rest_is_there(report: dict[str, Any]) -> None:
+    report["blocks"][3]["seconds"]["read"] = "<b>"
+    text, gaps = build_page(inputs_of(report))
+    assert gaps == [f"report.json has no {what} that this version can read" for what in ("stage totals", "block times")]
+    assert all(gap in Page(text).shown for gap in gaps) and "Memory in use when each block" in Page(text).shown
 
 
 @pytest.mark.parametrize("key", ["artifact", "source", "errors", "blocks", "seconds", "peak_memory", "identity",
@@ -449,7 +483,7 @@ def test_no_value_in_an_evaluation_ends_in_a_traceback(junk: Any, report: dict[s
         for key in place[:-1]:
             at = at[key]
         at[place[-1]] = junk
-        assert Page(build_page(inputs_of(report, evaluation=Node(damaged, "eval.json")))[0]).open == []
+        assert Page(build_page(inputs_of(report, evaluation=Record(damaged, "eval.json")))[0]).open == []
 
 
 @pytest.mark.parametrize(
@@ -478,7 +512,7 @@ def test_only_a_page_of_ours_is_overwritten(artifact: Path) -> None:
     shard = sorted(artifact.glob("*.safetensors"))[0]
     before = shard.read_bytes()
     with pytest.raises(OutputError, match="Something else is there"):
-        write_report(Job(artifact, shard))
+        write_report(PageRequest(artifact, shard))
     assert shard.read_bytes() == before
     assert cli("report", artifact, "-o", artifact / PAGE).code == 0
 
@@ -497,13 +531,13 @@ def test_a_saved_verification_that_is_none_or_of_another_artifact_is_refused(
     if content is not None:
         saved.write_text(content)
     with pytest.raises(OutputError, match=r"no saved verification|of another artifact"):
-        write_report(Job(artifact, saved=saved))
+        write_report(PageRequest(artifact, saved=saved))
 
 
 def test_reading_every_value_of_what_is_no_artifact_is_a_named_error(artifact: Path) -> None:
     (artifact / "config.json").unlink()
     with pytest.raises(SourceError, match=r"config\.json"):
-        write_report(Job(artifact, deep=True))
+        write_report(PageRequest(artifact, deep=True))
 
 
 def test_json_of_a_page_names_it_and_its_gaps(artifact: Path) -> None:
@@ -515,6 +549,12 @@ def test_json_of_a_page_names_it_and_its_gaps(artifact: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ legible
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    """`#rrggbb` -> R, G, B."""
+    r, g, b = bytes.fromhex(colour[1:])
+    return r, g, b
 
 
 def luminance(colour: str) -> float:
@@ -533,8 +573,12 @@ def contrast(one: str, two: str) -> float:
 def test_texts_and_drawings_have_the_contrast_that_aa_wants(mode: dict[str, str]) -> None:
     for text in ("text", "soft", "link", "good", "bad", "gap"):
         assert min(contrast(mode[text], mode["bg"]), contrast(mode[text], mode["panel"])) >= 4.5, text
-    for series in range(SERIES):
+    for series in range(8):
         assert contrast(mode[f"c{series}"], mode["bg"]) >= 3, series
+
+
+def test_the_colour_of_nothing_is_one() -> None:
+    assert ".nothing {{ color: #{:02x}{:02x}{:02x}; }}".format(*NOTHING) in CSS
 
 
 def test_every_drawing_has_a_text_alternative(finished: Run) -> None:

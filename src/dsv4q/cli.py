@@ -49,10 +49,15 @@ ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="What to make: 
 
 def _console(as_json: bool, quiet: bool) -> Console:
     console = Console(Mode.JSON if as_json else Mode.QUIET if quiet else Mode.HUMAN)
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+    if not _is_first_rank():
         console = Console(Mode.QUIET)  # of the ranks that torchrun started the first speaks; all name their errors
     _State.console = console
     return console
+
+
+def _is_first_rank() -> bool:
+    """Of those that torchrun started; a process alone is the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 class _State:
@@ -178,6 +183,7 @@ def quantize(
     from dsv4q import quantize as story
     from dsv4q.config import load_config, with_dataset
     from dsv4q.report.build import show_report
+    from dsv4q.report.page.write import write_missing_page
     from dsv4q.report.show import show_plan
 
     console = _console(as_json, quiet)
@@ -193,6 +199,8 @@ def quantize(
             raise typer.Exit(1)
         return
     report = story.quantize(job, console)
+    if _is_first_rank():
+        write_missing_page(out)
     console.data(report)
     show_report(report, console)
     console.print(f"{out} is complete. Check every byte with: dsv4q verify-shards {out} --deep --source {source}")
@@ -320,7 +328,7 @@ def report(
     Sizes, weight errors, experts, input scales, time, memory, shards; verification and evaluation. The page needs no
     network. Headers are verified each time; exit code 3 if something differs from what must be there.
     """
-    from dsv4q.report.page.write import Job, write_report
+    from dsv4q.report.page.write import PageRequest, write_report
 
     console = _console(as_json, quiet)
     total_bytes = _folder_bytes(artifact) if verify else 0
@@ -332,7 +340,7 @@ def report(
             bar.describe(label)
             bar.advance(now - bar.done)
 
-        made = write_report(Job(artifact, out, deep=verify, saved=verification), progress)
+        made = write_report(PageRequest(artifact, out, deep=verify, saved=verification), progress)
     console.data(made.as_dict())
     for gap in made.gaps:
         console.warn(f"not on the page: {gap}")

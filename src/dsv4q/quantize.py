@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.checkpoint.files import PAGE, is_finished
+from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.output import already_there, check_output, disk_problem, finished_report, place_problem
@@ -24,8 +24,6 @@ from dsv4q.host import free_bytes
 from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report
-from dsv4q.report.page.write import Job as ReportJob
-from dsv4q.report.page.write import write_page_of_run, write_report
 from dsv4q.run.calibration import data_problem, load_data
 from dsv4q.run.run import Run, run_blocks, run_device, same_threads
 from dsv4q.verify.required import require_verified
@@ -93,10 +91,7 @@ def _quantize(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks, console: C
     # Every rank has looked at OUT before one of them changes it.
     ranks.wait_for_all()
     if ranks.from_leader(is_finished(job.out)):
-        report = already_there(job.out, identity, resume=job.resume)
-        if ranks.is_leader and not (job.out / PAGE).exists():
-            write_report(ReportJob(job.out))
-        return report
+        return already_there(job.out, identity, resume=job.resume)
     journal = _journal(job, run, identity, console)
     try:
         peaks = run_blocks(run, journal, console)
@@ -108,8 +103,6 @@ def _quantize(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks, console: C
         ranks.wait_for_all()
     finally:
         journal.close()
-    if ranks.is_leader:
-        write_page_of_run(job.out, require_verified(job.out))
     return report
 
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG in a frame of HTML.
+"""Charts as inline SVG; the template frames them in HTML.
 
 The drawing is stretched to the width there is, so it holds no text; ticks and legends are HTML around it and keep the
 page's own size of letters on a phone and on paper. Coordinates inside run from 0 to 1000 in both directions. What a
@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 
-from dsv4q.report.page.markup import Html, el, join
+from markupsafe import Markup
 
 SIDE = 1000
-_SHAPES: tuple[str | None, ...] = (None, "7 4", "2 4", "10 3 2 3")
+_SHAPES = ("none", "7 4", "2 4", "10 3 2 3")
 """Dashes of the lines, so that colour alone tells nothing."""
+
+Tips = Sequence[tuple[float, str]]
+"""Tooltips from left to right, each with the x value that it reaches to; the first begins at 0."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,18 @@ class Axis:
     def _least(self) -> float:
         return self.low if self.log else -math.inf
 
+    def labels(self) -> list[tuple[str, str]]:
+        """Place of each tick in per cent, and its text."""
+        return [(f"{100 * self.place(value):.2f}", text) for value, text in self.ticks]
+
 
 def linear_axis(high: float, label: Callable[[float], str], title: str) -> Axis:
     """From 0 to a round number that is not below `high`."""
     high = high if high > 0 else 1.0
-    step = next(s for s in _round_numbers(high / 5) if s >= high / 5)
+    power = 10.0 ** math.floor(math.log10(high / 5))
+    step = next(step for step in (power * factor for factor in (1, 2, 5, 10, 20)) if step >= high / 5)
     count = math.ceil(high / step - 1e-9)
     return Axis(0.0, step * count, tuple((step * i, label(step * i)) for i in range(count + 1)), title=title)
-
-
-def _round_numbers(near: float) -> list[float]:
-    power = 10.0 ** math.floor(math.log10(near))
-    return [power, 2 * power, 5 * power, 10 * power, 20 * power]
 
 
 def log_axis(low: float, high: float, label: Callable[[float], str], title: str) -> Axis:
@@ -62,12 +66,9 @@ def log_axis(low: float, high: float, label: Callable[[float], str], title: str)
 
 def names_axis(names: Sequence[str], title: str) -> Axis:
     """One column for each name. Few are all named, of many those that are multiples of ten."""
-    count = len(names)
-    if count <= 10:
-        ticks = tuple((i + 0.5, name) for i, name in enumerate(names))
-    else:
-        ticks = tuple((i + 0.5, name) for i, name in enumerate(names) if name.isdecimal() and int(name) % 10 == 0)
-    return Axis(0.0, float(max(count, 1)), ticks, title=title)
+    few = len(names) <= 10
+    named = [(i, name) for i, name in enumerate(names) if few or (name.isdecimal() and int(name) % 10 == 0)]
+    return Axis(0.0, float(max(len(names), 1)), tuple((i + 0.5, name) for i, name in named), title=title)
 
 
 @dataclass(frozen=True)
@@ -81,166 +82,146 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What surrounds a drawing."""
+class Figure:
+    """A drawing and what stands around it."""
 
-    title: str
-    """Says what is seen."""
-    note: str
-    """How to read it, with units."""
-    described: str
-    """The text alternative."""
     x: Axis
     y: Axis
+    svg: Markup
+    """Elements in coordinates of 0 to 1000, y downwards."""
+    legend: Sequence[tuple[str, Markup]] = ()
+    """Name and small drawing of each series."""
     height: str = "14rem"
-    legend: Sequence[Html] = field(default_factory=tuple)
-    classes: str | None = None
+    classes: str = ""
+    bar: tuple[str, str] | None = None
+    """A bar beside the topmost rows of a heat map: its length, and the place of its label from below, in per cent."""
+
+    @property
+    def y_width(self) -> float:
+        """Of the longest label, in rem."""
+        return 0.48 * max((len(text) for _, text in self.y.ticks), default=0) + 0.3
 
 
-def figure(frame: Frame, *drawing: Html, beside: Html | None = None) -> Html:
-    """A titled chart.
-
-    Args:
-        drawing: SVG elements in coordinates of 0 to 1000, y downwards.
-        beside: HTML inside the labels of the y axis.
-    """
-    svg = el(
-        "svg",
-        {"viewBox": f"0 0 {SIDE} {SIDE}", "preserveAspectRatio": "none", "role": "img",
-         "aria-label": frame.described},
-        *drawing,
-    )  # fmt: skip
-    left = [el("span", {"style": f"bottom:{100 * frame.y.place(v):.2f}%"}, text) for v, text in frame.y.ticks]
-    below = [el("span", {"style": f"left:{100 * frame.x.place(v):.2f}%"}, text) for v, text in frame.x.ticks]
-    widest = max((len(text) for _, text in frame.y.ticks), default=0)
-    plot = el(
-        "div",
-        {"class": "plot", "style": f"--h:{frame.height};--w:{0.48 * widest + 0.3:.2f}rem"},
-        el("div", {"class": "y", "aria-hidden": "true"}, *left, beside),
-        el("div", {"class": "area"}, svg),
-        el("div", {"class": "x", "aria-hidden": "true"}, *below),
-        el("div", {"class": "xt", "aria-hidden": "true"}, frame.x.title),
-    )
-    head = el("figcaption", None, el("b", None, frame.title), el("span", None, frame.note))
-    legend = el("ul", {"class": "legend"}, *frame.legend) if frame.legend else None
-    return el("figure", {"class": frame.classes}, head, legend, plot)
-
-
-def line_chart(frame: Frame, lines: Sequence[Line], titles: Sequence[tuple[float, float, str]]) -> Html:
-    """Lines over a grid.
-
-    Args:
-        titles: tooltips, each with the x values that it reaches from and to.
-    """
-    x, y = frame.x, frame.y
-    drawn = [_grid(y)]
+def line_chart(x: Axis, y: Axis, lines: Sequence[Line], tips: Tips) -> Figure:
+    """Lines over a grid."""
+    drawn, legend = [_grid(y)], []
     for number, line in enumerate(lines):
         known = [(a, b) for a, b in line.points if math.isfinite(b)]
+        colour = f"c{line.colour}"
         if line.band:
             around = [(a, low) for a, low, _ in line.band] + [(a, high) for a, _, high in reversed(line.band)]
-            drawn.append(el("path", {"class": f"band c{line.colour}", "d": _path(around, x, y) + "z"}))
-        inner = [el("path", {"class": "stroke", "d": _path(known, x, y), "stroke-dasharray": _dash(number)})]
-        if len(known) <= 150:
-            inner.append(el("path", {"class": _dot(number), "d": _dots(known, x, y)}))
-        drawn.append(el("g", {"class": f"c{line.colour}"}, *inner))
-    legend = [legend_line(line.name, line.colour, number) for number, line in enumerate(lines)]
-    return figure(_with_legend(frame, legend), *drawn, hits(titles, x))
+            drawn.append(_path(f"band {colour}", _through(around, x, y) + "z"))
+        dots = _dots(_at_each(known, x, y), number) if len(known) <= 150 else ""
+        drawn.append(group(colour, _stroke(_through(known, x, y), number), dots))
+        legend.append((line.name, _legend(colour, _stroke("M0 6h24", number) + _dots("M12 6h0", number))))
+    return Figure(x, y, Markup().join([*drawn, _hits(tips, x)]), legend)
 
 
 def bar_chart(
-    frame: Frame,
+    x: Axis,
+    y: Axis,
     stacks: Sequence[tuple[str, int, Sequence[float]]],
     marks: tuple[str, Sequence[float | None]] | None,
-    titles: Sequence[tuple[float, float, str]],
-) -> Html:
+    tips: Tips,
+) -> Figure:
     """Stacked bars, one for each column of the x axis.
 
     Args:
         stacks: name, colour and one value for each column, from below to the top.
         marks: name and values of something beside the stack, drawn as a line across its column.
     """
-    columns = round(frame.x.high)
+    columns = round(x.high)
     below = [0.0] * columns
-    drawn = [_grid(frame.y)]
-    for _, colour, values in stacks:
+    drawn, legend = [_grid(y)], []
+    for name, colour, values in stacks:
         rects = []
         for column, value in enumerate(values):
             if value <= 0:
                 continue
-            top, bottom = frame.y.place(below[column] + value), frame.y.place(below[column])
+            top, bottom = y.place(below[column] + value), y.place(below[column])
             below[column] += value
-            rects.append(_rect(frame.x.place(column + 0.1), top, 0.8 / columns, top - bottom))
-        drawn.append(el("g", {"class": f"fill c{colour}"}, *rects))
-    legend = [legend_box(name, colour) for name, colour, _ in stacks]
+            rects.append(_rect(x.place(column + 0.1), top, 0.8 / columns, top - bottom))
+        drawn.append(group(f"fill c{colour}", *rects))
+        legend.append((name, legend_box(f"c{colour}")))
     if marks is not None:
         places = [(column, value) for column, value in enumerate(marks[1]) if value is not None]
-        across = "".join(
-            f"M{_c(frame.x.place(column + 0.02))} {_c(1 - frame.y.place(value))}h{_c(0.96 / columns)}"
-            for column, value in places
-        )
-        drawn.append(el("path", {"class": "mark", "d": across}))
-        legend.append(_legend(marks[0], el("path", {"class": "mark", "d": "M0 6h24"}), None))
-    return figure(_with_legend(frame, legend), *drawn, hits(titles, frame.x))
+        width = f"h{_c(0.96 / columns)}"
+        drawn.append(_path("mark", "".join(_move(x.place(i + 0.02), y.place(v)) + width for i, v in places)))
+        legend.append((marks[0], _legend("", _path("mark", "M0 6h24"))))
+    return Figure(x, y, Markup().join([*drawn, _hits(tips, x)]), legend)
 
 
-def hits(titles: Sequence[tuple[float, float, str]], x: Axis) -> Html:
+def pair_of_bars(above: float, below: float) -> Markup:
+    """Two small bars for a cell of a table; shares of the longest one."""
+    rect = Markup('<rect class="c{} fill" y="{}" width="{:.2f}" height="5"/>')
+    bars = rect.format(6, 0, 100 * above) + rect.format(0, 6, 100 * below)
+    svg = '<svg class="bar" viewBox="0 0 100 11" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
+    return Markup(svg).format(bars)
+
+
+def block_strip(columns: int, held: Sequence[tuple[int, str]], described: str) -> Markup:
+    """A cell for each block, for a cell of a table; column and tooltip of those that are filled."""
+    svg = Markup('<svg class="map" viewBox="0 0 {} 1" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>')
+    rect = Markup('<rect x="{}" width="0.92" height="1" class="fill"><title>{}</title></rect>')
+    lines = _path("grid", "".join(f"M{column} 1h.92" for column in range(columns)))
+    return svg.format(columns, described, lines + group("c0", *(rect.format(*one) for one in held)))
+
+
+def group(classes: str, *inner: str) -> Markup:
+    return Markup('<g class="{}">{}</g>').format(classes, Markup().join(inner))
+
+
+def legend_box(classes: str) -> Markup:
+    """Drawing of a legend: a filled box."""
+    return _legend(classes, Markup('<rect class="fill" width="16" height="12" x="4"/>'))
+
+
+def _legend(classes: str, drawing: Markup) -> Markup:
+    return Markup('<svg viewBox="0 0 24 12" class="{}" aria-hidden="true">{}</svg>').format(classes, drawing)
+
+
+def _hits(tips: Tips, x: Axis) -> Markup:
     """Invisible columns over a drawing that carry tooltips."""
-    rects = []
-    for start, end, text in titles:
-        left, right = x.place(start), x.place(end)
-        rects.append(_rect(left, 1.0, right - left, 1.0, text))
-    return el("g", {"class": "hit"}, *rects)
+    ends = pairwise(x.place(end) for end in (0.0, *(end for end, _ in tips)))
+    return group("hit", *(_rect(a, 1.0, b - a, 1.0, text) for (a, b), (_, text) in zip(ends, tips, strict=True)))
 
 
-def legend_box(name: str, colour: int | None, classes: str = "") -> Html:
-    """Entry of a legend: a filled box."""
-    box = el("rect", {"class": "fill", "width": 16, "height": 12, "x": 4})
-    return _legend(name, box, f"c{colour}" if colour is not None else classes)
-
-
-def legend_line(name: str, colour: int, number: int) -> Html:
-    """Entry of a legend: the line with its dashes."""
-    line = el("path", {"class": "stroke", "d": "M0 6h24", "stroke-dasharray": _dash(number)})
-    return _legend(name, join(line, el("path", {"class": _dot(number), "d": "M12 6h0"})), f"c{colour}")
-
-
-def _legend(name: str, drawing: Html, classes: str | None) -> Html:
-    svg = el("svg", {"viewBox": "0 0 24 12", "class": classes, "aria-hidden": "true"}, drawing)
-    return el("li", None, svg, name)
-
-
-def _with_legend(frame: Frame, legend: Sequence[Html]) -> Frame:
-    return Frame(frame.title, frame.note, frame.described, frame.x, frame.y, frame.height, [*frame.legend, *legend],
-                 frame.classes)  # fmt: skip
-
-
-def _grid(y: Axis) -> Html:
-    lines = "".join(f"M0 {_c(1 - y.place(value))}H{SIDE}" for value, _ in y.ticks)
-    return el("path", {"class": "grid", "d": lines})
-
-
-def _path(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
-    return "".join(
-        f"{'L' if number else 'M'}{_c(x.place(a))} {_c(1 - y.place(b))}" for number, (a, b) in enumerate(points)
-    )
-
-
-def _dots(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
-    return "".join(f"M{_c(x.place(a))} {_c(1 - y.place(b))}h0" for a, b in points)
-
-
-def _rect(left: float, top: float, width: float, height: float, title: str | None = None) -> Html:
+def _rect(left: float, top: float, width: float, height: float, title: str | None = None) -> Markup:
     """Fractions of the drawing; `top` counted from below."""
-    attributes: dict[str, object] = {"x": _c(left), "y": _c(1 - top), "width": _c(width), "height": _c(height)}
-    return el("rect", attributes, el("title", None, title) if title is not None else None)
+    inner = "" if title is None else Markup("<title>{}</title>").format(title)
+    rect = Markup('<rect x="{}" y="{}" width="{}" height="{}">{}</rect>')
+    return rect.format(_c(left), _c(1 - top), _c(width), _c(height), inner)
 
 
-def _dash(number: int) -> str | None:
-    return _SHAPES[number % len(_SHAPES)]
+def _path(classes: str, d: str) -> Markup:
+    return Markup('<path class="{}" d="{}"/>').format(classes, d)
 
 
-def _dot(number: int) -> str:
-    return "dot square" if number % 2 else "dot"
+def _stroke(d: str, number: int) -> Markup:
+    dash = _SHAPES[number % len(_SHAPES)]
+    return Markup('<path class="stroke" d="{}" stroke-dasharray="{}"/>').format(d, dash)
+
+
+def _dots(d: str, number: int) -> Markup:
+    return _path("dot square" if number % 2 else "dot", d)
+
+
+def _grid(y: Axis) -> Markup:
+    return _path("grid", "".join(f"{_move(0, y.place(value))}H{SIDE}" for value, _ in y.ticks))
+
+
+def _through(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
+    """A path along the points."""
+    return "".join(_move(x.place(a), y.place(b), "L" if i else "M") for i, (a, b) in enumerate(points))
+
+
+def _at_each(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
+    return "".join(f"{_move(x.place(a), y.place(b))}h0" for a, b in points)
+
+
+def _move(x: float, y: float, to: str = "M") -> str:
+    """From fractions of the drawing, `y` upwards."""
+    return f"{to}{_c(x)} {_c(1 - y)}"
 
 
 def _c(fraction: float) -> str:

@@ -7,58 +7,82 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from dsv4q.report.page.charts import SIDE, Axis, Frame, figure, legend_box
-from dsv4q.report.page.colours import NOTHING, rgb, scale
-from dsv4q.report.page.markup import Html, el
+from markupsafe import Markup
+
+from dsv4q.report.page.charts import SIDE, group, legend_box
 
 STEPS = 64
 """Colours of the scale; index 0 of the palette is for cells that hold nothing."""
+NOTHING = (0xFF, 0x5A, 0x36)
+"""Colour of a cell with zero, not on the scale; `.nothing` in page.css."""
+
+_VIRIDIS = (
+    "440154", "481a6c", "472f7d", "414487", "39568c", "31688e", "2a788e", "23888e", "1f988b", "22a884", "35b779",
+    "54c568", "7ad151", "a5db36", "d2e21b", "fde725",
+)  # fmt: skip
+"""Sixteen even steps of viridis (S. van der Walt, N. Smith; CC0), which grows lighter all along."""
 
 
-def heat_map(frame: Frame, cells: Sequence[Sequence[int]], rows: Sequence[str], beside: Html | None) -> Html:
+def scale(steps: int) -> list[tuple[int, int, int]]:
+    """`steps` colours from dark to light, R, G and B from 0 to 255."""
+    known = [bytes.fromhex(colour) for colour in _VIRIDIS]
+    found = []
+    for step in range(steps):
+        place = step / max(steps - 1, 1) * (len(known) - 1)
+        low = min(int(place), len(known) - 2)
+        part = place - low
+        r, g, b = (round(one + (two - one) * part) for one, two in zip(known[low], known[low + 1], strict=True))
+        found.append((r, g, b))
+    return found
+
+
+def heat_map(cells: Sequence[Sequence[int]], tips: Sequence[str]) -> Markup:
     """Counts by row and column, on a logarithmic scale of colours; zero has a colour of its own.
 
     Args:
         cells: equally long rows, the topmost first.
-        rows: a tooltip for each row.
-        beside: HTML inside the labels of the y axis.
+        tips: a tooltip for each row.
     """
-    most = max((value for row in cells for value in row), default=0)
-    least = min((value for row in cells for value in row if value > 0), default=1)
-    indices = [[_step(value, least, most) for value in row] for row in cells]
-    image = el(
-        "image",
-        {"href": png(indices), "width": SIDE, "height": SIDE, "preserveAspectRatio": "none"},
-    )
-    height = SIDE / max(len(rows), 1)
-    titles = [
-        el("rect", {"y": f"{height * i:.2f}", "width": SIDE, "height": f"{height:.2f}"}, el("title", None, text))
-        for i, text in enumerate(rows)
+    least, most = _range(cells)
+    address = png([[_step(value, least, most) for value in row] for row in cells])
+    image = Markup('<image href="{}" width="{}" height="{}" preserveAspectRatio="none"/>').format(address, SIDE, SIDE)
+    rect = Markup('<rect y="{:.2f}" width="{}" height="{:.2f}"><title>{}</title></rect>')
+    height = SIDE / max(len(tips), 1)
+    return image + group("hit", *(rect.format(height * i, SIDE, height, text) for i, text in enumerate(tips)))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """The scale of a heat map's colours."""
+
+    svg: Markup
+    """`steps` wide, 1 high."""
+    labels: list[tuple[str, str]]
+    """Place in per cent, and the value there."""
+    zero: Markup | None
+    """Drawing for the legend, if there are cells with zero."""
+    steps: int = STEPS
+
+
+def ramp(cells: Sequence[Sequence[int]]) -> Ramp:
+    """The scale for `heat_map` of the same cells."""
+    least, most = _range(cells)
+    rect = Markup('<rect x="{}" width="1.05" height="1" fill="#{:02x}{:02x}{:02x}"/>')
+    svg = Markup().join(rect.format(i, *colour) for i, colour in enumerate(scale(STEPS)))
+    # a little away from both ends, so that no label leaves the page
+    labels = [
+        (f"{4 + 92 * place:.0f}", f"{round(least * (most / least) ** place):,}")
+        for place in ([0, 0.25, 0.5, 0.75, 1] if most > least else [0])
     ]
-    return figure(frame, image, el("g", {"class": "hit"}, *titles), beside=beside)
+    return Ramp(svg, labels, legend_box("nothing") if any(0 in row for row in cells) else None)
 
 
-def ramp(cells: Sequence[Sequence[int]], unit: str) -> Html:
-    """The scale of a heat map's colours, and the colour of zero if there is one."""
-    values = [value for row in cells for value in row]
-    least, most = min((v for v in values if v > 0), default=1), max(values, default=1)
-    strip = "".join(
-        el("rect", {"x": i, "width": 1.05, "height": 1, "fill": "#{:02x}{:02x}{:02x}".format(*colour)})
-        for i, colour in enumerate(scale(STEPS))
-    )
-    svg = el("svg", {"viewBox": f"0 0 {STEPS} 1", "preserveAspectRatio": "none", "aria-hidden": "true"}, Html(strip))
-    places = [i / 4 for i in range(5)] if most > least else [0.0]
-    labels = [(p, round(least * (most / least) ** p)) for p in places]
-    below = [el("span", {"style": f"left:{_inside(p)}%"}, f"{value:,}") for p, value in labels]
-    zero = el("ul", {"class": "legend"}, legend_box(f"no {unit}", None, "nothing")) if 0 in values else None
-    return el("div", {"class": "ramp"}, svg, el("div", {"class": "x"}, *below),
-              el("div", {"class": "xt"}, f"{unit} (logarithmic)"), zero)  # fmt: skip
-
-
-def _inside(place: float) -> str:
-    """A little away from both ends, so that the label does not leave the page."""
-    return f"{4 + 92 * place:.0f}"
+def _range(cells: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Least count above zero, and the most."""
+    counts = [value for row in cells for value in row if value > 0]
+    return min(counts, default=1), max(counts, default=1)
 
 
 def _step(value: int, least: int, most: int) -> int:
@@ -70,7 +94,7 @@ def _step(value: int, least: int, most: int) -> int:
 
 def png(rows: Sequence[Sequence[int]]) -> str:
     """A palette image as a `data:` address; values are palette indices 0 to `STEPS`."""
-    palette = b"".join(bytes(colour) for colour in (rgb(NOTHING), *scale(STEPS)))
+    palette = b"".join(bytes(colour) for colour in (NOTHING, *scale(STEPS)))
     width, height = len(rows[0]) if rows else 1, len(rows) or 1
     lines = b"".join(b"\0" + bytes(row) for row in rows) or b"\0\0"
     parts = [
@@ -83,10 +107,3 @@ def png(rows: Sequence[Sequence[int]]) -> str:
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
     )
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def rows_axis(count: int, skip: int) -> Axis:
-    """Labels of rows 0, 10, 20 … from the top, or of all if there are few; without the first `skip` ones."""
-    every = 1 if count <= 12 else 10
-    labels = tuple((count - i - 0.5, str(i)) for i in range(skip, count) if i % every == 0)
-    return Axis(0.0, float(max(count, 1)), labels)

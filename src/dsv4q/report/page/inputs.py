@@ -11,11 +11,13 @@ from typing import Any
 from dsv4q.checkpoint.files import REPORT
 from dsv4q.errors import OutputError
 from dsv4q.report.build import FORMAT
-from dsv4q.report.page.node import Gap, Node
+from dsv4q.report.page.record import Gap, Record
 from dsv4q.verify.files import read_shards
 from dsv4q.verify.result import Log
 
 EVALUATION = "eval.json"
+EVALUATION_FORMAT = 1
+"""Version of eval.json's structure that this page shows."""
 
 ShardBytes = dict[str, dict[str, int]]
 """Shard file -> block -> bytes of its tensors there."""
@@ -23,20 +25,20 @@ ShardBytes = dict[str, dict[str, int]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Plain JSON values, wrapped for careful reading. A `Gap` says why something that should be there is not."""
+    """What the page is made of. A `Gap` says why something that should be there is not."""
 
     name: str
     """What the page is about: the folder's name."""
-    report: Node
-    config: Node | Gap
+    report: Record
+    config: Record | Gap
     """config.json of the artifact."""
     shards: ShardBytes | Gap
     """From the headers on disk."""
-    evaluation: Node | Gap | None = None
+    evaluation: Record | Gap | None = None
     """eval.json, as `dsv4q eval --save` writes it; None: there is none."""
-    checked: Node | Gap | None = None
+    checked: Record | Gap | None = None
     """A verification of now, as `verify-shards --json` prints it."""
-    saved: Node | None = None
+    saved: Record | None = None
     """One of before, from a file."""
 
 
@@ -55,15 +57,15 @@ def read_inputs(artifact: Path, checked: dict[str, Any] | Gap | None, saved: Pat
     return Inputs(
         name=artifact.resolve().name or str(artifact.resolve()),
         report=report,
-        config=_optional(artifact / "config.json") or Gap("config.json is missing"),
+        config=_load(artifact / "config.json"),
         shards=_shard_bytes(artifact),
-        evaluation=_optional(artifact / EVALUATION),
-        checked=Node(checked, "verification") if isinstance(checked, dict) else checked,
+        evaluation=_evaluation(artifact / EVALUATION),
+        checked=Record(checked, "verification") if isinstance(checked, dict) else checked,
         saved=None if saved is None else _read_saved(saved, report),
     )
 
 
-def _read_report(artifact: Path) -> Node:
+def _read_report(artifact: Path) -> Record:
     path = artifact / REPORT
     if not path.is_file():
         raise OutputError(
@@ -80,7 +82,7 @@ def _read_report(artifact: Path) -> Node:
         raise OutputError(
             "This is the report of another command", where=path, expected="that of dsv4q quantize", found=command
         )
-    if report.get("format") != FORMAT or isinstance(report.get("format"), bool):
+    if not _has_format(report, FORMAT):
         raise OutputError(
             "The report has another format",
             where=f"{path}: format",
@@ -88,10 +90,10 @@ def _read_report(artifact: Path) -> Node:
             found=json.dumps(report.get("format"))[:80],
             hint="use the version of dsv4q that made the artifact",
         )
-    return Node(report, REPORT)
+    return report
 
 
-def _read_saved(path: Path, report: Node) -> Node:
+def _read_saved(path: Path, report: Record) -> Record:
     """A verification that was saved, if it is of this artifact."""
     found = _load(path) if path.is_file() else Gap("no such file")
     if isinstance(found, Gap) or not isinstance(found.get("checks"), dict) or not isinstance(found.get("ok"), bool):
@@ -101,7 +103,7 @@ def _read_saved(path: Path, report: Node) -> Node:
             expected="what dsv4q verify-shards --json printed",
             found=found if isinstance(found, Gap) else ", ".join(map(str, found))[:120] or "{}",
         )
-    made = report.value.get("artifact")
+    made = report.get("artifact")
     if isinstance(made, dict) and (found.get("tensors"), found.get("bytes")) != (
         made.get("tensors"),
         made.get("bytes"),
@@ -112,23 +114,31 @@ def _read_saved(path: Path, report: Node) -> Node:
             expected=f"{made.get('tensors')} tensors, {made.get('bytes')} bytes",
             found=f"{found.get('tensors')} tensors, {found.get('bytes')} bytes, of {found.get('artifact')}",
         )
-    return Node(found, path.name)
+    return found
 
 
-def _optional(path: Path) -> Node | Gap | None:
+def _evaluation(path: Path) -> Record | Gap | None:
     if not path.exists():
         return None
     found = _load(path)
-    return found if isinstance(found, Gap) else Node(found, path.name)
+    if isinstance(found, Record) and not _has_format(found, EVALUATION_FORMAT):
+        return Gap(f"{path.name} has another format: {json.dumps(found.get('format'))[:80]}, not {EVALUATION_FORMAT}")
+    return found
 
 
-def _load(path: Path) -> dict[str, Any] | Gap:
+def _has_format(found: Record, expected: int) -> bool:
+    return found.get("format") == expected and not isinstance(found.get("format"), bool)
+
+
+def _load(path: Path) -> Record | Gap:
     """A JSON object, or why there is none."""
+    if not path.exists():
+        return Gap(f"{path.name} is missing")
     try:
         found = json.loads(path.read_bytes())
+        return Record(found, path.name) if isinstance(found, dict) else Gap(f"{path.name} is not an object")
     except (OSError, ValueError, RecursionError) as error:
         return Gap(f"{path.name} cannot be read: {type(error).__name__}, {error}"[:200])
-    return found if isinstance(found, dict) else Gap(f"{path.name} is not an object")
 
 
 def _shard_bytes(artifact: Path) -> ShardBytes | Gap:

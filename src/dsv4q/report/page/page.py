@@ -1,17 +1,41 @@
-"""The whole page, in the order in which it is read."""
+"""The whole page, in the order in which it is read: views of the report, shown by page.html."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
 from dsv4q import __version__
-from dsv4q.report.page import checks, coverage, shards, summary, timing, weights
+from dsv4q.report.page.checks import acceptance, evaluation, residual, verification
+from dsv4q.report.page.coverage import coverage
 from dsv4q.report.page.inputs import Inputs
-from dsv4q.report.page.markup import Html, el, join
-from dsv4q.report.page.node import Gap, Node
-from dsv4q.report.page.parts import Parts
-from dsv4q.report.page.style import style_sheet
+from dsv4q.report.page.record import Gap, Record, shown_or_gap
+from dsv4q.report.page.summary import origin, settings, shards, sizes, tiles
+from dsv4q.report.page.timing import block_times, memory_over_time, memory_peaks, ranks, stage_totals
+from dsv4q.report.page.weights import input_scales, weight_chart, weight_totals, worst_tensors
 
 GENERATOR = "dsv4q report"
 """In the page's head: tells that a file is ours to overwrite."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters and lone surrogates, which have no form in HTML."""
+
+View = tuple[Callable[..., dict[str, Any] | None], Record | Gap, *tuple[object, ...]]
+"""What makes the values of a macro of _views.html that has its name, and of what."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A headed part of the page."""
+
+    id: str
+    link: str
+    title: str
+    views: list[View]
 
 
 def build_page(inputs: Inputs) -> tuple[str, list[str]]:
@@ -19,77 +43,68 @@ def build_page(inputs: Inputs) -> tuple[str, list[str]]:
 
     Parts whose data is not there, or not of the form that this version knows, are marked in their place.
     """
-    parts = Parts()
+    gaps: dict[str, None] = {}
+    sections = [(section, _shown(section.views, gaps)) for section in _sections(inputs) if section.views]
+    page = _template().render(name=inputs.name, generator=GENERATOR, version=__version__, sections=sections)
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", page), list(gaps)
+
+
+@cache
+def _template() -> Template:
+    loader = PackageLoader("dsv4q.report.page", "")
+    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return found.get_template("page.html")
+
+
+def _sections(inputs: Inputs) -> list[Section]:
+    """All there can be; those without views are left out."""
     report = inputs.report
-    sections = [
-        ("summary", "Summary", parts.section(
-            "summary", "Summary", lambda: summary.tiles(inputs), lambda: summary.origin(report))),
-        ("weights", "Weight error", parts.section(
-            "weights", "Weight error", lambda: weights.weight_totals(report), lambda: weights.weight_chart(report),
-            lambda: weights.worst_tensors(report))),
-        ("experts", "Experts", parts.section(
-            "experts", "Expert coverage", lambda: coverage.coverage(report, inputs.config))),
-        ("inputs", "Input scales", parts.section(
-            "inputs", "Input scales against their bound", lambda: weights.input_scales(report))),
-        ("evaluation", "Evaluation", _evaluation(inputs, parts)),
-        ("verification", "Verification", _verification(inputs, parts)),
-        ("time", "Time", parts.section(
-            "time", "Time", lambda: timing.stage_totals(report), lambda: timing.block_times(report))),
-        ("memory", "Memory", parts.section(
-            "memory", "Memory", lambda: timing.memory_peaks(report), lambda: timing.memory_over_time(report))),
-        ("ranks", "Ranks", _ranks(report, parts)),
-        ("sizes", "Sizes", parts.section("sizes", "Sizes", lambda: summary.sizes(report))),
-        ("shards", "Shards", parts.section("shards", "Shards", lambda: shards.shard_map(report, inputs.shards))),
-        ("settings", "Settings", parts.section("settings", "Settings", lambda: summary.settings(report))),
-    ]  # fmt: skip
-    shown = [(name, link, section) for name, link, section in sections if section is not None]
-    links = el("ul", None, *(el("li", None, el("a", {"href": f"#{name}"}, link)) for name, link, _ in shown))
-    body = join(
-        el("header", None, el("h1", None, inputs.name), el("p", {"class": "soft"}, "Report of a quantization")),
-        el("nav", {"aria-label": "Parts of this page"}, links),
-        el("main", None, *(section for _, _, section in shown)),
-        el("footer", None, el("p", None, f"Made by dsv4q {__version__} from report.json, which has every number.")),
-    )
-    return _document(inputs.name, body), parts.gaps
+    weights: list[View] = [(weight_totals, report), (weight_chart, report), (worst_tensors, report)]
+    return [
+        Section("summary", "Summary", "Summary", [(tiles, report, inputs), (origin, report)]),
+        Section("weights", "Weight error", "Weight error", weights),
+        Section("experts", "Experts", "Expert coverage", [(coverage, report, inputs.config)]),
+        Section("inputs", "Input scales", "Input scales against their bound", [(input_scales, report)]),
+        Section("evaluation", "Evaluation", "Evaluation", _evaluation(inputs)),
+        Section("verification", "Verification", "Verification", _verification(inputs)),
+        Section("time", "Time", "Time", [(stage_totals, report), (block_times, report)]),
+        Section("memory", "Memory", "Memory", [(memory_peaks, report), (memory_over_time, report)]),
+        Section("ranks", "Ranks", "Ranks", _ranks(report)),
+        Section("sizes", "Sizes", "Sizes", [(sizes, report)]),
+        Section("shards", "Shards", "Shards", [(shards, report, inputs.shards)]),
+        Section("settings", "Settings", "Settings", [(settings, report)]),
+    ]
 
 
-def _document(name: str, body: Html) -> str:
-    head = join(
-        el("meta", {"charset": "utf-8"}),
-        el("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        el("meta", {"name": "generator", "content": GENERATOR}),
-        el("meta", {"name": "color-scheme", "content": "light dark"}),
-        el("title", None, f"{name}: report of a quantization"),
-        el("style", None, Html(style_sheet())),
-    )
-    return "<!doctype html>\n" + el("html", {"lang": "en"}, el("head", None, head), el("body", None, body)) + "\n"
-
-
-def _evaluation(inputs: Inputs, parts: Parts) -> Html | None:
+def _evaluation(inputs: Inputs) -> list[View]:
     found = inputs.evaluation
-    if found is None:
-        return None
-
-    def sound() -> Node:
-        if isinstance(found, Gap):
-            raise found
-        return found
-
-    return parts.section(
-        "evaluation", "Evaluation", lambda: checks.evaluation(sound()), lambda: checks.acceptance(sound()),
-        lambda: checks.residual(sound()),
-    )  # fmt: skip
+    return [] if found is None else [(evaluation, found), (acceptance, found), (residual, found)]
 
 
-def _verification(inputs: Inputs, parts: Parts) -> Html:
-    now = [lambda: checks.verification(inputs.checked, "When this page was made")]
-    if inputs.saved is not None:
-        now.insert(0, lambda: checks.verification(inputs.saved, "Saved result"))
-    return parts.section("verification", "Verification", *now)
+def _verification(inputs: Inputs) -> list[View]:
+    now = "When this page was made"
+    checked = Gap("none was made") if inputs.checked is None else inputs.checked
+    found: list[View] = [(verification, Gap(f"{now}: {checked}") if isinstance(checked, Gap) else checked, now)]
+    return found if inputs.saved is None else [(verification, inputs.saved, "Saved result"), *found]
 
 
-def _ranks(report: Node, parts: Parts) -> Html | None:
-    found = report.maybe("ranks")
-    if found is None or not isinstance(found.value, list) or len(found.value) < 2:
-        return None
-    return parts.section("ranks", "Ranks", lambda: timing.ranks(list(found)))
+def _ranks(report: Record) -> list[View]:
+    found = report.get("ranks")
+    return [(ranks, report)] if isinstance(found, list) and len(found) > 1 else []
+
+
+def _shown(views: list[View], gaps: dict[str, None]) -> list[tuple[str, dict[str, Any]]]:
+    """Macros and their values; what several views lack is said once."""
+    shown: list[tuple[str, dict[str, Any]]] = []
+    for view, record, *more in views:
+        try:
+            values = shown_or_gap(view, record, *more)
+        except Gap as gap:
+            gaps[str(gap)] = None
+            values = {"text": str(gap)}
+            if ("gap", values) not in shown:
+                shown.append(("gap", values))
+            continue
+        if values is not None:
+            shown.append((view.__name__, values))
+    return shown

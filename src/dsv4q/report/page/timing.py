@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 from dsv4q.console import human_bytes, human_seconds
-from dsv4q.report.page.charts import Axis, Frame, Line, bar_chart, line_chart, linear_axis, names_axis
-from dsv4q.report.page.markup import Column, Html, Unit, el, numbers, percent, seconds, table
-from dsv4q.report.page.node import Gap, Node
-from dsv4q.report.page.parts import blocks_of, short_name
+from dsv4q.report.page.charts import Axis, Figure, Line, Tips, bar_chart, line_chart, linear_axis, names_axis
+from dsv4q.report.page.record import Gap, Record
+from dsv4q.report.page.wording import Unit, percent, seconds, short_name
 
 STAGES = {
     "read": "waiting until the block's weights are on the device",
@@ -25,16 +25,13 @@ BESIDE = {"sync": "making the block durable, beside the next ones"}
 DONE_AT = "done_at"
 
 Times = list[tuple[str, dict[str, float]]]
+"""Name of every block, and its seconds by stage."""
 
 
-def _times(report: Node) -> Times:
-    """Seconds by stage of every block."""
-    found = []
-    for name, block in blocks_of(report):
-        spent = block.get("seconds")
-        found.append((name, {stage: spent.seconds(stage) for stage, _ in spent.items()}))
+def _times(report: Record) -> Times:
+    found = [(block["block"], block["seconds"]) for block in report["blocks"]]
     if not found:
-        raise Gap(f"{report.place} has no blocks")
+        raise Gap(f"{report.name} has no blocks")
     return found
 
 
@@ -60,63 +57,58 @@ def on_disk_after(times: Times) -> list[float | None]:
     return found
 
 
-def stage_totals(report: Node) -> list[Html]:
+def stage_totals(report: Record) -> dict[str, Any]:
     """Seconds by stage over all blocks."""
     times = _times(report)
     stages = _stages(times)
     sums = {stage: sum(spent.get(stage, 0.0) for _, spent in times) for stage in [*stages, *BESIDE]}
     whole = sum(sums[stage] for stage in stages)
-    rows: list[list[str | None]] = [
+    rows = [
         [stage, seconds(sums[stage]), percent(sums[stage] / whole) if whole else "–", STAGES.get(stage, "")]
         for stage in stages
     ]
     rows.append(["together", seconds(whole), "100 %" if whole else "–", ""])
-    rows += [
-        [stage, seconds(sums[stage]), "beside", what]
-        for stage, what in BESIDE.items()
-        if any(stage in spent for _, spent in times)
-    ]
-    columns = [Column("stage", False), Column("seconds"), Column("share"), Column("what", False, wraps=True)]
-    wall = report.get("seconds").seconds("this_process")
-    note = (
-        f"The last process of the run took {human_seconds(wall)} from start to end. Stages are measured by block; on a "
-        "GPU on the GPU's own timeline, for the host runs ahead of it."
-    )
-    return [el("p", {"class": "soft"}, note), table("Time by stage, all blocks", columns, rows)]
+    beside = {stage: what for stage, what in BESIDE.items() if any(stage in spent for _, spent in times)}
+    rows += [[stage, seconds(sums[stage]), "beside", what] for stage, what in beside.items()]
+    return {"wall": human_seconds(report["seconds"]["this_process"]), "rows": rows}
 
 
-def block_times(report: Node) -> list[Html]:
+def block_times(report: Record) -> dict[str, Any]:
     """Stacked bars of every block, and how far apart the blocks came on disk."""
     times = _times(report)
     stages, done = _stages(times), on_disk_after(times)
-    apart = _apart(times)
-    stacks = [
-        (stage, (*STAGES, stage).index(stage) % 8, [spent.get(stage, 0.0) for _, spent in times]) for stage in stages
-    ]
+    shown = (*stages, *BESIDE)
     totals = [sum(spent.get(stage, 0.0) for stage in stages) for _, spent in times]
-    top = max([*totals, *(value for value in apart if value is not None)])
-    titles, rows = [], []
-    for column, (name, spent) in enumerate(times):
-        each = ", ".join(f"{stage} {spent[stage]:.2f}" for stage in (*stages, *BESIDE) if stage in spent)
-        at = done[column]
+    tips: list[tuple[float, str]] = []
+    rows = []
+    for (name, spent), total, at in zip(times, totals, done, strict=True):
+        each = ", ".join(f"{stage} {spent[stage]:.2f}" for stage in shown if stage in spent)
         after = "" if at is None else f"; on disk after {at:,.1f} s"
-        titles.append((float(column), column + 1.0, f"{name}: {totals[column]:.2f} s; {each}{after}"))
-        values = [spent.get(stage) for stage in (*stages, *BESIDE)]
-        rows.append([name, seconds(totals[column]), *map(_cell, values), _cell(at)])
+        tips.append((len(tips) + 1, f"{name}: {total:.2f} s; {each}{after}"))
+        rows.append([name, seconds(total), *(seconds(spent.get(stage)) for stage in shown), seconds(at)])
     slowest = max(range(len(times)), key=lambda column: totals[column])
-    title = f"{human_seconds(totals[slowest])} for the slowest block, {times[slowest][0]}"
-    frame = Frame(
-        title,
-        f"Seconds by stage. Columns are the blocks from {times[0][0]} to {times[-1][0]}; numbers are layers.",
-        f"Stacked bars of seconds by stage for {len(times)} blocks. {title}. The table below has the values.",
-        names_axis([short_name(name) for name, _ in times], "block"),
-        linear_axis(top, lambda value: f"{value:.3g} s", "seconds"),
-    )
-    known = any(value is not None for value in apart)
+    return {
+        "title": f"{human_seconds(totals[slowest])} for the slowest block, {times[slowest][0]}",
+        "first": times[0][0],
+        "last": times[-1][0],
+        "count": len(times),
+        "chart": _block_chart(times, totals, tips),
+        "heads": ["block", "stages", *shown, "on disk after"],
+        "rows": rows,
+    }
+
+
+def _block_chart(times: Times, totals: list[float], tips: Tips) -> Figure:
+    stacks = [
+        (stage, (*STAGES, stage).index(stage) % 8, [spent.get(stage, 0.0) for _, spent in times])
+        for stage in _stages(times)
+    ]
+    apart = _apart(times)
+    known = [value for value in apart if value is not None]
     marks = ("from the block before on disk to this one", apart) if known else None
-    heads = [Column(head) for head in ("stages", *stages, *BESIDE, "on disk after")]
-    return [bar_chart(frame, stacks, marks, titles),
-            numbers("seconds by block", [Column("block", False), *heads], rows)]  # fmt: skip
+    x = names_axis([short_name(name) for name, _ in times], "block")
+    y = linear_axis(max([*totals, *known]), lambda value: f"{value:.3g} s", "seconds")
+    return bar_chart(x, y, stacks, marks, tips)
 
 
 def _apart(times: Times) -> list[float | None]:
@@ -129,63 +121,52 @@ def _apart(times: Times) -> list[float | None]:
     return found
 
 
-def _cell(value: float | None) -> str:
-    return "–" if value is None else seconds(value)
-
-
 # ------------------------------------------------------------------------------------------------ memory
 
+CALLED = {"host": "host, resident", "gpu": "GPU, allocated"}
 
-def memory_peaks(report: Node) -> list[Html]:
+
+def memory_peaks(report: Record) -> dict[str, Any]:
     """Peaks of the whole run."""
-    peak = report.get("peak_memory")
-    gpu = peak.maybe("gpu")
-    text = f"Peak of the process: {human_bytes(peak.integer('host'))} of host memory"
-    return [el("p", None, text + (f", {human_bytes(peak.integer('gpu'))} of GPU memory." if gpu else "."))]
+    peak = report["peak_memory"]
+    return {"host": human_bytes(peak["host"]), "gpu": human_bytes(peak["gpu"]) if peak.get("gpu") is not None else None}
 
 
-def memory_over_time(report: Node) -> list[Html]:
+def memory_over_time(report: Record) -> dict[str, Any]:
     """Memory when each block was on disk."""
-    blocks, times = blocks_of(report), _times(report)
-    after = on_disk_after(times)
+    after = on_disk_after(_times(report))
     samples = [
-        (at, name, memory)
-        for (name, block), at in zip(blocks, after, strict=True)
-        if at is not None and (memory := block.maybe("memory")) is not None
+        (at, block["block"], block["memory"])
+        for block, at in zip(report["blocks"], after, strict=True)
+        if at is not None and block.get("memory") is not None
     ]
     if len(samples) < 2:
-        raise Gap(f"{report.place} has no samples of memory over time (blocks[].memory)")
-    kinds = [kind for kind in ("host", "gpu") if any(memory.maybe(kind) is not None for _, _, memory in samples)]
-    points = {
-        kind: [(at, memory.integer(kind) / 1e9) for at, _, memory in samples if memory.maybe(kind) is not None]
-        for kind in kinds
+        raise Gap(f"{report.name} has no samples of memory over time (blocks[].memory)")
+    called = {
+        kind: name for kind, name in CALLED.items() if any(memory.get(kind) is not None for _, _, memory in samples)
     }
-    called = {"host": "host, resident", "gpu": "GPU, allocated"}
-    lines = [Line(called[kind], points[kind], colour) for colour, kind in enumerate(kinds)]
+    points = {
+        kind: [(at, memory[kind] / 1e9) for at, _, memory in samples if memory.get(kind) is not None] for kind in called
+    }
+    most = {kind: max(y for _, y in found) for kind, found in points.items()}
     end = max(at for at, _, _ in samples)
-    x = linear_axis(end, _time_label(end), "time since the start")
-    x = Axis(0.0, end, tuple(tick for tick in x.ticks if tick[0] <= end * 0.97), title=x.title)
-    most = {kind: max(y for _, y in points[kind]) for kind in kinds}
-    title = "At most " + ", ".join(f"{most[kind]:.3g} GB {called[kind]}" for kind in kinds)
-    frame = Frame(
-        title,
-        "Memory in use when each block had come on disk, in GB (1e9 bytes). Peaks between two samples do not show.",
-        f"Line chart of memory over time. {title}. The table below has the values.",
-        x,
-        linear_axis(max(most.values()), lambda value: f"{value:.3g} GB", "GB"),
-    )
-    titles, before = [], 0.0
-    for at, name, memory in samples:
-        each = ", ".join(f"{called[kind]} {human_bytes(memory.integer(kind))}" for kind in kinds if memory.maybe(kind))
-        titles.append((before, at, f"{name} after {at:,.1f} s: {each}"))
-        before = at
+    ticks = linear_axis(end, _time_label(end), "").ticks
+    x = Axis(0.0, end, tuple(tick for tick in ticks if tick[0] <= end * 0.97), title="time since the start")
+    y = linear_axis(max(most.values()), lambda value: f"{value:.3g} GB", "GB")
+    lines = [Line(name, points[kind], colour) for colour, (kind, name) in enumerate(called.items())]
+    tips = []
+    for at, block, memory in samples:
+        used = [f"{name} {human_bytes(memory[kind])}" for kind, name in called.items() if memory.get(kind) is not None]
+        tips.append((at, f"{block} after {at:,.1f} s: {', '.join(used)}"))
     unit = Unit.for_bytes(max(most.values()) * 1e9)
-    rows: list[list[str | None]] = [
-        [name, seconds(at), *(unit.of(memory.integer(kind)) if memory.maybe(kind) else "–" for kind in kinds)]
-        for at, name, memory in samples
-    ]
-    columns = [Column("block", False), Column("after, s"), *(Column(f"{called[kind]}, {unit.name}") for kind in kinds)]
-    return [line_chart(frame, lines, titles), numbers("memory over time", columns, rows)]
+    return {
+        "title": "At most " + ", ".join(f"{most[kind]:.3g} GB {name}" for kind, name in called.items()),
+        "chart": line_chart(x, y, lines, tips),
+        "heads": ["block", "after, s", *(f"{name}, {unit.name}" for name in called.values())],
+        "rows": [
+            [block, seconds(at), *(unit.of(memory.get(kind)) for kind in called)] for at, block, memory in samples
+        ],
+    }
 
 
 def _time_label(end: float) -> Callable[[float], str]:
@@ -197,20 +178,16 @@ def _time_label(end: float) -> Callable[[float], str]:
 # ------------------------------------------------------------------------------------------------ ranks
 
 
-def ranks(found: Sequence[Node]) -> list[Html]:
+def ranks(report: Record) -> dict[str, Any]:
     """What each of several ranks did."""
-    unit = Unit.for_bytes(max(rank.integer(key) for rank in found for key in ("read_bytes", "write_bytes")))
-    rows: list[list[str | None]] = []
+    found = report["ranks"]
+    unit = Unit.for_bytes(max(rank[key] for rank in found for key in ("read_bytes", "write_bytes")))
+    rows = []
     for rank in found:
-        peak = rank.maybe("peak_memory")
-        gpu = None if peak is None else peak.maybe("gpu")
+        peak = rank.get("peak_memory") or {}
         rows.append(
-            [str(rank.integer("rank")), unit.of(rank.integer("read_bytes")), f"{rank.integer('micro_batches'):,}",
-             f"{rank.integer('encoded_linears'):,}", unit.of(rank.integer("write_bytes")),
-             "–" if peak is None else unit.of(peak.integer("host")),
-             "–" if peak is None or gpu is None else unit.of(peak.integer("gpu"))]
+            [f"{rank['rank']}", unit.of(rank["read_bytes"]), f"{rank['micro_batches']:,}",
+             f"{rank['encoded_linears']:,}", unit.of(rank["write_bytes"]), unit.of(peak.get("host")),
+             unit.of(peak.get("gpu"))]
         )  # fmt: skip
-    columns = [Column("rank"), Column(f"read, {unit.name}"), Column("micro-batches"), Column("linears encoded"),
-               Column(f"written, {unit.name}"), Column(f"host peak, {unit.name}"),
-               Column(f"GPU peak, {unit.name}")]  # fmt: skip
-    return [table(f"What each of {len(rows)} ranks did", columns, rows)]
+    return {"unit": unit.name, "rows": rows}

@@ -10,14 +10,14 @@ from typing import Any
 from dsv4q.checkpoint.files import PAGE, write_atomic
 from dsv4q.errors import OutputError, SourceError
 from dsv4q.report.page.inputs import read_inputs
-from dsv4q.report.page.node import Gap
 from dsv4q.report.page.page import GENERATOR, build_page
+from dsv4q.report.page.record import Gap
 from dsv4q.verify.judge import verify
 from dsv4q.verify.result import VerifyResult
 
 
 @dataclass(frozen=True)
-class Job:
+class PageRequest:
     """One page as the user asked for it."""
 
     artifact: Path
@@ -46,7 +46,7 @@ class Written:
         return {"page": str(self.page), "bytes": self.nbytes, "gaps": self.gaps, "verification": checked}
 
 
-def write_report(job: Job, progress: Callable[[str, int, int], None] | None = None) -> Written:
+def write_report(request: PageRequest, progress: Callable[[str, int, int], None] | None = None) -> Written:
     """Verify the artifact, build the page, write it.
 
     Args:
@@ -57,31 +57,36 @@ def write_report(job: Job, progress: Callable[[str, int, int], None] | None = No
             or in no folder; `saved` is no verification of this artifact.
         SourceError: every value is to be verified, and the artifact cannot be read.
     """
-    out = job.out or job.artifact / PAGE
+    out = request.out or request.artifact / PAGE
     _check_out(out)
     # Everything cheap is looked at before every value is.
-    read_inputs(job.artifact, None, job.saved)
-    checked = _verify(job, progress)
-    return _write(out, job, checked)
+    read_inputs(request.artifact, None, request.saved)
+    checked = _verify(request, progress)
+    return _write(out, request, checked)
 
 
-def write_page_of_run(artifact: Path, checked: VerifyResult) -> None:
-    """The page of a run that has just ended, with its own verification."""
-    _write(artifact / PAGE, Job(artifact), checked)
+def write_missing_page(artifact: Path) -> None:
+    """The page of a run that has ended, unless it is there.
+
+    Raises:
+        OutputError: as `write_report`.
+    """
+    if not (artifact / PAGE).exists():
+        write_report(PageRequest(artifact))
 
 
-def _verify(job: Job, progress: Callable[[str, int, int], None] | None) -> VerifyResult | Gap:
+def _verify(request: PageRequest, progress: Callable[[str, int, int], None] | None) -> VerifyResult | Gap:
     try:
-        return verify(job.artifact, source=None, deep=job.deep, progress=progress)
+        return verify(request.artifact, source=None, deep=request.deep, progress=progress)
     except SourceError as error:
-        if job.deep:
+        if request.deep:
             raise
         return Gap(f"{error.what} ({error.where})")
 
 
-def _write(out: Path, job: Job, checked: VerifyResult | Gap) -> Written:
+def _write(out: Path, request: PageRequest, checked: VerifyResult | Gap) -> Written:
     found = checked.as_dict() if isinstance(checked, VerifyResult) else checked
-    page, gaps = build_page(read_inputs(job.artifact, found, job.saved))
+    page, gaps = build_page(read_inputs(request.artifact, found, request.saved))
     data = page.encode()
     write_atomic(out, data)
     return Written(out, len(data), gaps, checked if isinstance(checked, VerifyResult) else None)
@@ -108,4 +113,4 @@ def _begin(path: Path) -> bytes:
         return stream.read(1000)
 
 
-__all__ = ["PAGE", "Job", "Written", "write_page_of_run", "write_report"]
+__all__ = ["PAGE", "PageRequest", "Written", "write_missing_page", "write_report"]
