@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dsv4q.cli import main
+from dsv4q.__main__ import main
 from dsv4q.run.pipeline import BlockLoop
 
 real = BlockLoop._next

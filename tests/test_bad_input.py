@@ -17,8 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from dsv4q.__main__ import main
 from dsv4q.checkpoint.journal import Journal
-from dsv4q.cli import main
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.verify.judge import verify
 from runs import CONFIGS

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import typer
 
-from dsv4q.cli import app, main
+from dsv4q.__main__ import main
+from dsv4q.cli import app
 from runs import CONFIGS, finished_files
 
 TOY = str(CONFIGS / "toy.yaml")
@@ -461,7 +462,7 @@ def test_debug_variable_shows_the_traceback(folder: Path) -> None:
 
 def test_a_plan_loads_no_heavy_library(folder: Path) -> None:
     script = (
-        "import sys; from dsv4q.cli import main\n"
+        "import sys; from dsv4q.__main__ import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'llmcompressor', 'datasets'} & set(sys.modules)))"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4q.cli import main
+from dsv4q.__main__ import main
 from dsv4q.data.spec import DataSpec
 from dsv4q.data.tokens import BOS, CalibrationData, load_calibration, load_tokenizer
 from dsv4q.errors import DataError, UsageError

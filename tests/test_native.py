@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from dsv4q.__main__ import main
 from dsv4q.checkpoint.against_layout import compare_with_layout
 from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.native import FP8, MXFP4, NativeCheckpoint, as_source, open_source, release_form, scan_source
 from dsv4q.checkpoint.source import INDEX, Checkpoint, scan
-from dsv4q.cli import main
 from dsv4q.config import load_config
 from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16

@@ -146,7 +146,7 @@ def test_a_quantization_config_of_the_source_is_replaced(tmp_path: Path) -> None
 
 def test_planning_the_full_size_imports_neither_torch_nor_transformers_and_reads_no_tensor() -> None:
     code = (
-        "import sys; from dsv4q.cli import main\n"
+        "import sys; from dsv4q.__main__ import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print(sorted({'torch', 'transformers', 'llmcompressor', 'compressed_tensors', 'safetensors'} "
         "& set(sys.modules)), file=sys.stderr)"

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from dsv4q import rehearse as story
+from dsv4q.__main__ import main
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import open_source
 from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.checkpoint.writer import Data, ShardWriter
-from dsv4q.cli import main
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
 from dsv4q.dropping import Dropping

@@ -1,8 +1,50 @@
-"""`python -m dsv4q` is the same as the `dsv4q` command."""
+"""The process around the command line: standard streams, and what goes wrong as text and an exit code."""
 
 from __future__ import annotations
 
-from dsv4q.cli import main
+import os
+import sys
+from typing import NoReturn
+
+from dsv4q.cli import app
+from dsv4q.console import Console, Mode, Running, open_standard_streams
+from dsv4q.errors import DiskError, Dsv4qError, Interrupted
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run a command, turn what goes wrong into text and an exit code."""
+    if not os.environ.get("DSV4Q_DEBUG"):
+        # llmcompressor logs from its import on, before anybody can ask it not to
+        os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
+    open_standard_streams()
+    try:
+        app(args=arguments)
+    except Dsv4qError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(Interrupted("Stopped before the end"))
+    except OSError as error:
+        _fail(
+            DiskError(
+                "The system refused a file operation",
+                where=error.filename,
+                found=error.strerror or error,
+                hint="DSV4Q_DEBUG=1 shows where",
+            )
+        )
+
+
+def _fail(error: Dsv4qError) -> NoReturn:
+    if os.environ.get("DSV4Q_DEBUG"):
+        raise error
+    try:
+        Running.console.error(error)
+    except OSError:
+        # stdout itself is what failed; in quiet mode errors go to stderr
+        Console(Mode.QUIET).error(error)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python flushes the old one again at its exit
+    sys.exit(error.exit_code)
+
 
 if __name__ == "__main__":
     main()

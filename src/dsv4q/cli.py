@@ -5,18 +5,18 @@ Exit codes: 0 good, 1 refused or failed for a named reason, 2 usage, 3 verificat
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from dsv4q import __version__
-from dsv4q.console import Console, Mode, human_bytes, human_seconds
-from dsv4q.errors import DiskError, Dsv4qError, Interrupted, UsageError
+from dsv4q.console import Console, console_of, human_bytes, human_seconds, is_first_rank
+from dsv4q.errors import Interrupted, UsageError
 from dsv4q.host import stoppable
 
 
@@ -44,26 +44,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run in OUT, or start it over.")
+]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="What to make: a YAML file, see configs/.")]
-
-
-def _console(as_json: bool, quiet: bool) -> Console:
-    console = Console(Mode.JSON if as_json else Mode.QUIET if quiet else Mode.HUMAN)
-    if not _is_first_rank():
-        console = Console(Mode.QUIET)  # of the ranks that torchrun started the first speaks; all name their errors
-    _State.console = console
-    return console
-
-
-def _is_first_rank() -> bool:
-    """Of those that torchrun started; a process alone is the first."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-class _State:
-    """The console of the running command, for `main` to report an error with."""
-
-    console = Console()
 
 
 def _version(wanted: bool) -> None:
@@ -102,7 +86,7 @@ def toy(
     from dsv4q.made_up.native import grid_form, native_form
     from dsv4q.made_up.toy import RANDOM, ToyConfig, load_toy_config, write_toy
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     if grid and native:
         raise UsageError(
             "--grid and --native exclude each other", where="dsv4q toy", hint="run it twice, into two OUTs"
@@ -138,7 +122,7 @@ def plan(
     from dsv4q.plan.work import WorkTable
     from dsv4q.report.show import show_plan, show_ranks
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     parsed = load_config(config)
     with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
@@ -167,9 +151,7 @@ def quantize(
         str | None, typer.Option(help="Calibrate on this dataset instead of the config's: hub id, folder or JSONL.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run in OUT, or start it over.")
-    ] = True,
+    resume: Resume = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan that the run would execute; stop.")
     ] = False,
@@ -186,7 +168,7 @@ def quantize(
     from dsv4q.report.page.write import write_missing_page
     from dsv4q.report.show import show_plan
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     parsed = load_config(config)
     if data is not None:
         parsed = with_dataset(parsed, data)
@@ -199,7 +181,7 @@ def quantize(
             raise typer.Exit(1)
         return
     report = story.quantize(job, console)
-    if _is_first_rank():
+    if is_first_rank():
         write_missing_page(out)
     console.data(report)
     show_report(report, console)
@@ -232,7 +214,7 @@ def rehearse(
     from dsv4q.config import load_config
     from dsv4q.report.rehearsal import show_rehearsal
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     wanted = story.Rehearsal(out, load_config(config), source or story.FLASH, layers, keep, device)
     result = story.rehearse(wanted, console)
     console.data(result)
@@ -248,9 +230,7 @@ def dequantize(
     shards: Annotated[
         int | None, typer.Option(min=1, max=99_999, help="Balanced shards; the files of NATIVE if left out.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run in OUT, or start it over.")
-    ] = True,
+    resume: Resume = True,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -261,7 +241,7 @@ def dequantize(
     """
     from dsv4q import dequantize as story
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     report = story.dequantize(story.Job(source=native, out=out, shards=shards, resume=resume), console)
     console.data(report)
     console.print(
@@ -289,19 +269,9 @@ def verify_shards(
     from dsv4q.report.show import show_verification
     from dsv4q.verify.judge import verify
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     total_bytes = _folder_bytes(artifact) if deep or source else 0
-    with stoppable() as check_stop, console.progress("verifying", total_bytes) as bar:
-        done = 0
-
-        def progress(label: str, now: int, total: int) -> None:
-            nonlocal done
-            check_stop()
-            bar.total = total
-            bar.describe(label)
-            bar.advance(now - done)
-            done = now
-
+    with _verifying(console, total_bytes) as progress:
         result = verify(artifact, source=source, deep=deep, progress=progress, device=device)
     console.data(result.as_dict())
     show_verification(result, console)
@@ -330,16 +300,9 @@ def report(
     """
     from dsv4q.report.page.write import PageRequest, write_report
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     total_bytes = _folder_bytes(artifact) if verify else 0
-    with stoppable() as check_stop, console.progress("verifying", total_bytes) as bar:
-
-        def progress(label: str, now: int, total: int) -> None:
-            check_stop()
-            bar.total = total
-            bar.describe(label)
-            bar.advance(now - bar.done)
-
+    with _verifying(console, total_bytes) as progress:
         made = write_report(PageRequest(artifact, out, deep=verify, saved=verification), progress)
     console.data(made.as_dict())
     for gap in made.gaps:
@@ -378,7 +341,7 @@ def eval_(
     from dsv4q.evaluation.data import DataRequest
     from dsv4q.evaluation.show import show_evaluation
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     request = DataRequest(file=data, samples=samples, length=length, micro_batch=micro_batch)
     job = story.EvaluationRequest(artifact=artifact, reference=reference, data=request, device=device, save=save)
     result = story.evaluate(job, console)
@@ -403,7 +366,7 @@ def diff_(
     from dsv4q import diff as story
     from dsv4q.foreign.result import show_diff
 
-    console = _console(as_json, quiet)
+    console = console_of(as_json, quiet)
     result = story.diff(story.DiffRequest(a, b, device), console)
     console.data(result)
     show_diff(result, console)
@@ -411,51 +374,19 @@ def diff_(
         raise typer.Exit(3)
 
 
+@contextmanager
+def _verifying(console: Console, nbytes: int) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of a verification: call with a label, bytes done and bytes in all."""
+    with stoppable() as check_stop, console.progress("verifying", nbytes) as bar:
+
+        def progress(label: str, now: int, total: int) -> None:
+            check_stop()
+            bar.total = total
+            bar.describe(label)
+            bar.advance(now - bar.done)
+
+        yield progress
+
+
 def _folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point: run a command, turn what goes wrong into text and an exit code."""
-    if not os.environ.get("DSV4Q_DEBUG"):
-        # llmcompressor logs from its import on, before anybody can ask it not to
-        os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
-    _open_standard_streams()
-    try:
-        app(args=arguments)
-    except Dsv4qError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _fail(Interrupted("Stopped before the end"))
-    except OSError as error:
-        _fail(
-            DiskError(
-                "The system refused a file operation",
-                where=error.filename,
-                found=error.strerror or error,
-                hint="DSV4Q_DEBUG=1 shows where",
-            )
-        )
-
-
-def _open_standard_streams() -> None:
-    """Occupy descriptors 0 to 2 where the caller closed them: the next file opened would get their numbers, and
-    with them whatever a library prints."""
-    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(handle)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
-
-
-def _fail(error: Dsv4qError) -> NoReturn:
-    if os.environ.get("DSV4Q_DEBUG"):
-        raise error
-    try:
-        _State.console.error(error)
-    except OSError:
-        # stdout itself is what failed; in quiet mode errors go to stderr
-        Console(Mode.QUIET).error(error)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python flushes the old one again at its exit
-    sys.exit(error.exit_code)

@@ -332,3 +332,34 @@ def _rich_bar(description: str, total: int, unit: str) -> tuple[RichProgress, Pr
     progress = Progress(description, total, unit, lambda p: bar.update(task, completed=p.done))
     task = bar.add_task("", total=max(total, 1), progress=progress)
     return bar, progress
+
+
+class Running:
+    """The console of the running command, for `main` to report an error with."""
+
+    console = Console()
+
+
+def is_first_rank() -> bool:
+    """Of those that torchrun started; a process alone is the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def console_of(as_json: bool, quiet: bool) -> Console:
+    """The console of a command with these options; of several ranks the first one speaks, all name their errors."""
+    console = Console(Mode.JSON if as_json else Mode.QUIET if quiet else Mode.HUMAN)
+    if not is_first_rank():
+        console = Console(Mode.QUIET)
+    Running.console = console
+    return console
+
+
+def open_standard_streams() -> None:
+    """Occupy descriptors 0 to 2 where the caller closed them: the next file opened would get their numbers, and
+    with them whatever a library prints."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
