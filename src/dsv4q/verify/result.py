@@ -29,8 +29,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class TensorError:
-    """Weight error of one tensor against the source."""
+class LinearError:
+    """Weight error of one linear against the source."""
 
     signal: float
     """Sum of the squares of the source's values."""
@@ -56,8 +56,8 @@ class TensorError:
 
 
 @dataclass
-class ErrorStats:
-    """Weight error of one class of tensors against the source."""
+class ClassErrors:
+    """Weight error of one class of linears against the source."""
 
     tensors: int = 0
     exact: int = 0
@@ -70,7 +70,7 @@ class ErrorStats:
     total_relative_error: float = 0.0
     min_sqnr_db: float = math.inf
 
-    def add(self, tensor: str, error: TensorError) -> None:
+    def add(self, tensor: str, error: LinearError) -> None:
         """Count one tensor."""
         self.tensors += 1
         self.exact += error.exact
@@ -115,7 +115,7 @@ class VerifyResult:
     """Items examined by each check; a check that did not run is absent."""
     differences: tuple[Difference, ...]
     errors: dict[str, dict[str, Any]]
-    """Weight error by tensor class (`ErrorStats.as_dict`); empty without a source."""
+    """Weight error by tensor class (`ClassErrors.as_dict`); empty without a source."""
     seconds: float
 
     @property
