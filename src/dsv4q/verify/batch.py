@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv4q.checkpoint.source import TORCH_NAMES
 from dsv4q.layout import TensorSpec
 from dsv4q.verify.case import Case
-from dsv4q.verify.linear import Linear
+from dsv4q.verify.linear import Linear, SharedScales
 from dsv4q.verify.schemes import StoredScheme
 
 
@@ -52,7 +52,7 @@ class LinearBatch:
                 case.log.looked_at("exact")
                 case.exact[spec.role] += 1
                 continue
-            linear = Linear(case, spec, self.scheme, None)
+            linear = Linear(case, spec, self.scheme, SharedScales(case, {}, {}))
             linear.load()
             linear.judge()
         self.host.clear()

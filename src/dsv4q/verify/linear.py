@@ -31,7 +31,7 @@ class SharedScales:
     def __init__(self, case: Case, pairs: Mapping[str, str], kept: Mapping[str, Tensor]) -> None:
         """`pairs`: a scale of w1 -> the same of w3; `kept`: those of them that were read before, from other shards."""
         self.case, self.pairs, self.kept = case, pairs, kept
-        self.label = next(iter(pairs))
+        self.label = "experts' scales"
         self.size, self.memory = 0, 0
         self.values: dict[str, Tensor] = {}
 
@@ -53,10 +53,10 @@ class Linear:
     """One quantized linear, all of whose tensors are sound by their headers.
 
     Args:
-        shared: what it has in common with its partner; None if that is judged elsewhere.
+        shared: what it has in common with its partner.
     """
 
-    def __init__(self, case: Case, spec: TensorSpec, scheme: StoredScheme, shared: SharedScales | None) -> None:
+    def __init__(self, case: Case, spec: TensorSpec, scheme: StoredScheme, shared: SharedScales) -> None:
         self.case, self.spec, self.scheme, self.shared = case, spec, scheme, shared
         self.names = {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
         self.label = spec.block
@@ -69,8 +69,7 @@ class Linear:
         """Everything from the disk to the device."""
         case = self.case
         self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
-        if self.shared is not None:
-            self.shared.load()
+        self.shared.load()
         if case.source is not None and case.source_fault(self.spec) is None and not case.is_lost(self.spec.name):
             self.weight = case.source.tensor(self.spec.name).to(case.device)
 
@@ -83,8 +82,7 @@ class Linear:
             case.log.looked_at("values", len(self.scheme.value_tensors(self.stored)))
             for fault in self.scheme.impossible(self.stored, self.spec.shape):
                 self._told_of_values(*fault)
-        if self.shared is not None:
-            self.shared.judge()
+        self.shared.judge()
         if case.source is None or not usable or case.is_lost(self.spec.name):
             return
         why_not = case.source_fault(self.spec)

@@ -44,7 +44,7 @@ def _tell_problems(case: Case, source: Checkpoint) -> None:
             found=_found(problem, count),
         )
     for file, count in lost.items():
-        found = f"damaged ones; {count:,} of its tensors were not compared"
+        found = f"damaged ones; {count:,} of its tensors not compared"
         case.log.differs("source", file=str(source.root / file), expected="whole tensors", found=found)
 
 
@@ -65,7 +65,7 @@ def _is_about(problem: SourceError, source: Checkpoint, file: str) -> bool:
 def _found(problem: SourceError, count: int) -> str:
     """What is wrong, what follows, and what to do."""
     what = problem.what if problem.found is None else f"{problem.what}: {problem.found}"
-    follows = f"{count:,} of its tensors were not compared" if count else None
+    follows = f"{count:,} of its tensors not compared" if count else None
     return "; ".join(part for part in (what, follows, problem.hint) if part)
 
 

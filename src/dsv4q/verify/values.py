@@ -37,13 +37,13 @@ class ValueChecks:
                 yield from UntouchedTensor(case, name, case.sound[name]).checks()
         here = frozenset(names)
         batches: dict[tuple[object, ...], list[TensorSpec]] = defaultdict(list)
+        pairs: dict[str, str] = {}
         for spec, scheme in case.contract.whole_linears(names):
             shared = self._shared(spec.module, scheme, here)
             if not self._goes_into_batch(spec, scheme):
-                yield Linear(case, spec, scheme, shared)
+                yield Linear(case, spec, scheme, SharedScales(case, shared, self._kept))
                 continue
-            if shared is not None:
-                yield shared
+            pairs |= shared
             kinds = (case.sound[f"{spec.module}.{suffix}"].dtype for suffix in scheme.stored(spec.shape))
             batch = batches[(scheme.group, spec.shape, *kinds)]
             batch.append(spec)
@@ -52,6 +52,8 @@ class ValueChecks:
                 batch.clear()
         for batch in filter(None, batches.values()):
             yield LinearBatch(case, case.contract.schemes[batch[0].module], tuple(batch))
+        if pairs:
+            yield SharedScales(case, pairs, self._kept)
 
     def _goes_into_batch(self, spec: TensorSpec, scheme: StoredScheme) -> bool:
         source = self.case.source
@@ -59,16 +61,14 @@ class ValueChecks:
             return False
         return self.case.source_fault(spec) is None and source.tensors[spec.name].dtype == "BF16"
 
-    def _shared(self, module: str, scheme: StoredScheme, here: Container[str]) -> SharedScales | None:
-        """What a linear has in common with its partner, where it is the one to say so.
+    def _shared(self, module: str, scheme: StoredScheme, here: Container[str]) -> dict[str, str]:
+        """Scales of w1 -> the same of w3, where this linear is the one that says whether they are equal.
 
         Of two that lie here together it is w1, of two that come in different shards the later one.
         """
         expert, _, projection = module.rpartition(".")
-        if not self.case.deep or projection not in _PARTNERS:
-            return None
-        pairs = {}
-        for suffix in scheme.shared:
+        pairs: dict[str, str] = {}
+        for suffix in scheme.shared if self.case.deep and projection in _PARTNERS else ():
             mine, other = f"{module}.{suffix}", f"{expert}.{_PARTNERS[projection]}.{suffix}"
             if mine not in here:  # a scheme without input scale
                 continue
@@ -76,4 +76,4 @@ class ValueChecks:
                 pairs[f"{expert}.w1.{suffix}"] = f"{expert}.w3.{suffix}"
             elif other not in here:
                 self._kept[mine] = self.case.artifact.tensor(mine)
-        return SharedScales(self.case, pairs, self._kept) if pairs else None
+        return pairs
