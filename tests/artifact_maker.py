@@ -246,12 +246,13 @@ def int4(weight: Tensor, factor: float = 1.0) -> Tensors:
 def _write(root: Path, config: Mapping[str, Any], tensors: Tensors, shards: int) -> None:
     root.mkdir(parents=True)
     (root / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    names = list(tensors)
-    size = -(-len(names) // shards)
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    size = -(-len(modules) // shards)
     weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = names[number * size : (number + 1) * size]
+        together = set(modules[number * size : (number + 1) * size])  # a linear is never cut
+        part = [name for name in tensors if name.rpartition(".")[0] in together]
         _save(root / file, {name: tensors[name] for name in part})
         weight_map |= dict.fromkeys(part, file)
     _write_index(root, weight_map)
@@ -286,6 +287,18 @@ def edit(root: Path, changes: Mapping[str, Tensor | None]) -> None:
     for file, tensors in shards.items():
         _save(root / file, tensors)
     _write_index(root, weight_map)
+
+
+def move(root: Path, prefix: str, to: str) -> None:
+    """Put every tensor whose name begins so into another shard."""
+    index = json.loads((root / INDEX).read_text())["weight_map"]
+    shards = {path.name: load_file(path) for path in sorted(root.glob("*.safetensors"))}
+    for name in [name for name in index if name.startswith(prefix)]:
+        shards[to][name] = shards[index[name]].pop(name)
+        index[name] = to
+    for file, tensors in shards.items():
+        _save(root / file, tensors)
+    _write_index(root, index)
 
 
 def edit_json(root: Path, file: str, change: Callable[[dict[str, Any]], None]) -> None:

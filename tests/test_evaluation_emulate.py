@@ -15,8 +15,8 @@ from dsv4q.evaluation.emulate import fp8_input, kernel_weight, nvfp4_input, quan
 from dsv4q.evaluation.side import Side, open_side
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.made_up.toy import ToyConfig, write_toy
-from dsv4q.verify.config import FP8, INT, NVFP4, Scheme
 from dsv4q.verify.library import library_scheme
+from dsv4q.verify.schemes import FP8, INT, NVFP4, closed_scheme
 from eval_toys import changed
 from runs import run, toy_job
 
@@ -108,8 +108,8 @@ def test_a_scheme_of_compressed_tensors_rounds_each_token_by_itself() -> None:
 
 
 def test_weight_only_schemes_leave_inputs_alone() -> None:
-    assert quantizer(Scheme("g", INT, 4, 128, False), {}, None) is None
-    assert quantizer(Scheme("g", NVFP4, 4, 16, False), {}, None) is None
+    assert quantizer(closed_scheme("g", INT, 4, 128, False), {}, None) is None
+    assert quantizer(closed_scheme("g", NVFP4, 4, 16, False), {}, None) is None
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -119,7 +119,7 @@ def test_fp8_weights_under_powers_of_two_are_taken_as_they_are() -> None:
     stored = fp8(random(200, 300), pow2=True)
     blocks = stored["weight_scale"].float().repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :300]
     expected = stored["weight"].float() * blocks
-    assert torch.equal(kernel_weight(Scheme("g", FP8, 8, None, True), stored).float(), expected)
+    assert torch.equal(kernel_weight(closed_scheme("g", FP8, 8, None, True), stored).float(), expected)
 
 
 def test_fp8_weights_under_other_scales_are_rounded_anew_as_the_consumer_does_at_load() -> None:
@@ -128,14 +128,14 @@ def test_fp8_weights_under_other_scales_are_rounded_anew_as_the_consumer_does_at
     values = stored["weight"].float() * stored["weight_scale"].float()
     scale = 2.0 ** math.ceil(math.log2(float(values.abs().max()) / 448))
     expected = (values / scale).to(torch.float8_e4m3fn).float() * scale
-    found = kernel_weight(Scheme("g", FP8, 8, None, True), stored).float()
+    found = kernel_weight(closed_scheme("g", FP8, 8, None, True), stored).float()
     assert torch.equal(found, expected) and not torch.equal(found, values.bfloat16().float())
 
 
 def test_integers_are_decoded_to_their_multiples_of_the_scale() -> None:
     weight = random(16, 64)
     stored = int4(weight)
-    found = kernel_weight(Scheme("g", INT, 4, 32, False), stored).float()
+    found = kernel_weight(closed_scheme("g", INT, 4, 32, False), stored).float()
     scale = stored["weight_scale"].float().repeat_interleave(32, dim=1)
     assert (found - weight.float()).abs().max() <= 0.55 * scale.max()
     assert torch.equal((found / scale).round().mul(scale).bfloat16().float(), found)
@@ -184,7 +184,7 @@ def test_an_expert_is_a_linear_of_rounded_inputs_and_decoded_weight(artifact: Pa
 def test_an_attention_projection_is_a_linear_of_rounded_inputs_and_decoded_weight(artifact: Path) -> None:
     tensors, x = read(artifact), random(2, 5, 256)
     stored = {suffix: tensors[f"layers.1.attn.wkv.{suffix}"] for suffix in ("weight", "weight_scale")}
-    weight = kernel_weight(Scheme("g", FP8, 8, None, True), stored)
+    weight = kernel_weight(closed_scheme("g", FP8, 8, None, True), stored)
     found = in_memory(artifact).model.get_submodule("model.layers.1.self_attn.kv_proj")(x)
     assert torch.equal(found, F.linear(fp8_input(x), weight)) and not torch.equal(found, F.linear(x, weight))
 

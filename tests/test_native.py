@@ -326,6 +326,26 @@ def test_verify_names_what_differs_from_the_native_source(
     assert {(d.tensor or "").rpartition(".")[0] for d in result.differences} == {module}
 
 
+def test_verify_compares_what_a_truncated_native_source_still_has(
+    release: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(release[0], source)
+    shard = source / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with scan_source(source) as checkpoint:
+        (lost,) = [name for name in checkpoint.tensors if not checkpoint.is_whole(name)]
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify-shards", str(release[1]), "--source", str(source), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    (difference,) = result["differences"]
+    assert (stopped.value.code, difference["check"], difference["file"]) == (3, "source", str(shard))
+    assert difference["found"].endswith("; 1 of its tensors not compared; download this file again")
+    whole = verify(release[1], source=release[0], deep=False, progress=None)
+    lines = ("bytes", "encoding")
+    assert sum(result["checks"][one] for one in lines) == sum(whole.checks[one] for one in lines) - 1, lost
+
+
 def test_mtp_is_stored_as_bf16(release: tuple[Path, Path, dict[str, Any]]) -> None:
     with scan(release[1]) as artifact, open_source(release[0]) as source:
         names = [n for n in source.tensors if n.startswith("mtp.")]

@@ -128,6 +128,15 @@ def test_read_into_fills_a_buffer_of_the_caller(healthy: Path) -> None:
     assert buffer.tolist() == list(range(16))
 
 
+def test_a_part_of_a_tensor_and_its_copy_are_its_bytes(healthy: Path) -> None:
+    part, whole = bytearray(5), torch.zeros(2, 3)
+    with scan(healthy) as checkpoint:
+        checkpoint.read_part("d", 7, memoryview(part))
+        checkpoint.copy_to("a", whole)
+    assert list(part) == [7, 8, 9, 10, 11]
+    assert torch.equal(whole, torch.arange(6.0).reshape(2, 3))
+
+
 def test_buffer_of_another_size_is_a_defect_of_the_caller(healthy: Path) -> None:
     with pytest.raises(ValueError, match="16 bytes, the buffer 15"):
         scan(healthy).read_into("d", memoryview(bytearray(15)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -12,12 +14,17 @@ import torch
 
 import artifact_maker as maker
 from artifact_maker import CONFIG, INDEX, edit, edit_config, edit_json, read
+from dsv4q.__main__ import main
+from dsv4q.checkpoint.folder import load_model_config
+from dsv4q.checkpoint.native import scan_source
 from dsv4q.console import Console
 from dsv4q.errors import DeviceError, SourceError
 from dsv4q.formats.encode import nvfp4_decode, nvfp4_encode
 from dsv4q.layout import Dims
 from dsv4q.report.show import show_verification
-from dsv4q.verify.judge import Difference, VerifyResult, verify, verify_headers
+from dsv4q.verify.case import Contract
+from dsv4q.verify.judge import Difference, Judge, VerifyResult, verify, verify_headers
+from dsv4q.verify.result import Log
 
 EXPERT = "layers.1.ffn.experts.2"
 WQ_A = "layers.0.attn.wq_a"
@@ -53,7 +60,39 @@ def artifact(made: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def judged(artifact: Path, source: Path | None = None, deep: bool = False) -> VerifyResult:
-    return verify(artifact, source=source, deep=deep, progress=None)
+    """What `verify` says; the same judge, fed shard by shard as in a rehearsal, must say it of the same tensors."""
+    result = verify(artifact, source=source, deep=deep, progress=None)
+    if not {d.check for d in result.differences} & {"files", "index", "headers"}:  # of which one shard says nothing
+        found = {(d.check, d.tensor) for d in result.differences if d.check != "source" or d.tensor}
+        assert fed_shard_by_shard(artifact, source, deep, plain=result.kind == "plain") == found
+    return result
+
+
+def fed_shard_by_shard(
+    artifact: Path, source: Path | None, deep: bool, *, plain: bool = False
+) -> set[tuple[str, str | None]]:
+    """(check, tensor) of every difference. Each shard is gone before the next one comes."""
+    log, config = Log(), load_model_config(artifact)
+    contract = Contract.of(config, Dims.from_config(config), log, plain=plain)
+    device = torch.device("cpu") if deep or source else None
+    with (
+        TemporaryDirectory(dir=artifact.parent) as alone,
+        nullcontext() if source is None else scan_source(source) as original,
+    ):
+        judge = Judge(Path(alone), contract, log, source=original, deep=deep, device=device, quick=True)
+        for shard in sorted(artifact.glob("*.safetensors")):
+            (Path(alone) / shard.name).hardlink_to(shard)
+            judge.shard(shard.name, b"", lambda: None)
+            (Path(alone) / shard.name).unlink()
+    judge.finish()
+    return {(difference.check, difference.tensor) for difference in log.differences}
+
+
+def verify_shards(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
+    """Exit code and result of the real command."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify-shards", *map(str, arguments), "--json"])
+    return stopped.value.code or 0, json.loads(capsys.readouterr().out)  # type: ignore[return-value]
 
 
 def only(result: VerifyResult) -> Difference:
@@ -971,6 +1010,89 @@ def test_a_damaged_source_is_told_without_a_traceback(made: dict[str, Path], sou
     broken = maker.copy(source, tmp_path / "source")
     (broken / "model-00001-of-00002.safetensors").write_bytes(b"\0" * 9)
     assert "source" in {d.check for d in judged(made["nvfp4"], broken).differences}
+
+
+HALF = "model-00002-of-00002.safetensors"
+"""The source's second shard."""
+
+
+def _cut(path: Path, most: int) -> tuple[int, set[str]]:
+    """Cut a shard off in the middle of its data; its bytes before, and the tensors that are no longer whole."""
+    raw = path.read_bytes()
+    base = 8 + int.from_bytes(raw[:8], "little")
+    entries = {n: e for n, e in json.loads(raw[8:base]).items() if n != "__metadata__"}
+    end = base + (len(raw) - base) * most // 100
+    path.write_bytes(raw[:end])
+    return len(raw), {name for name, entry in entries.items() if base + entry["data_offsets"][1] > end}
+
+
+@pytest.mark.parametrize("most", [10, 50, 99])
+def test_of_a_truncated_source_the_rest_is_compared(
+    artifact: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int
+) -> None:
+    whole = judged(artifact, source).checks
+    broken = maker.copy(source, tmp_path / "source")
+    size, lost = _cut(broken / HALF, most)
+    tensor = read(artifact)["embed.weight"].contiguous()
+    tensor.view(-1).view(torch.uint8)[9] ^= 1
+    edit(artifact, {"embed.weight": tensor})
+    code, result = verify_shards(capsys, artifact, "--source", broken, "--deep")
+    of_source, planted = sorted(result["differences"], key=lambda d: d["check"], reverse=True)
+    assert (code, of_source["check"], of_source["file"]) == (3, "source", str(broken / HALF))
+    assert of_source["expected"].startswith(f"{size:,} bytes, the end of ")
+    assert of_source["found"].startswith("A shard is truncated: ")
+    assert of_source["found"].endswith(f"; {len(lost)} of its tensors not compared; download this file again")
+    assert (planted["check"], planted["tensor"]) == ("bytes", "embed.weight")
+    compared = result["checks"]["bytes"] + result["checks"]["encoding"]
+    copies = {"mtp.0.head.weight": "head.weight", "mtp.0.emb.tok_emb.weight": "embed.weight"}
+    twice = sum(main_name in lost for main_name in copies.values())
+    assert compared == whole["bytes"] + whole["encoding"] - len(lost) - twice
+
+
+def test_a_shard_that_the_source_lacks_is_told_once(
+    artifact: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = maker.copy(source, tmp_path / "source")
+    lost = sum(file == HALF for file in json.loads((broken / INDEX).read_text())["weight_map"].values())
+    (broken / HALF).unlink()
+    code, result = verify_shards(capsys, artifact, "--source", broken)
+    (difference,) = result["differences"]
+    assert (code, difference["check"], difference["file"]) == (3, "source", str(broken / HALF))
+    assert f"; {lost} of its tensors not compared; " in difference["found"]
+    assert 0 < result["checks"]["bytes"] < 160
+
+
+def test_a_source_that_is_none_is_refused(
+    artifact: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = maker.copy(source, tmp_path / "source")
+    (broken / "config.json").unlink()
+    code, result = verify_shards(capsys, artifact, "--source", broken)
+    assert (code, result["error"]["kind"]) == (1, "SourceError")
+
+
+# ------------------------------------------------------------------------------------------------ shard by shard
+
+
+@pytest.mark.parametrize("other", [SHARD, "model-00003-of-00003.safetensors"])
+@pytest.mark.parametrize("defect", [None, "weight_global_scale", "input_global_scale"])
+def test_w1_and_w3_that_come_in_different_shards_are_compared(
+    artifact: Path, source: Path, other: str, defect: str | None
+) -> None:
+    maker.move(artifact, f"{EXPERT}.w1.", "model-00002-of-00003.safetensors")
+    maker.move(artifact, f"{EXPERT}.w3.", other)
+    found = set()
+    if defect is not None:
+        name = f"{EXPERT}.w3.{defect}"
+        edit(artifact, {name: read(artifact)[name] * 1.0001})
+        found = {("pairs", name)}
+    assert {(d.check, d.tensor) for d in judged(artifact, deep=True).differences} == found
+
+
+def test_a_linear_in_two_shards_is_judged_as_a_whole_or_told(artifact: Path, source: Path) -> None:
+    maker.move(artifact, f"{EXPERT}.w2.weight_scale", SHARD)
+    assert verify(artifact, source=source, deep=True, progress=None).ok
+    assert fed_shard_by_shard(artifact, source, deep=True) == {("tensors", f"{EXPERT}.w2")}
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:x"])

@@ -14,7 +14,8 @@ import torch
 
 from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.errors import DeviceError
-from dsv4q.verify.shard import DEVICE_BYTES, ShardJudge
+from dsv4q.verify.case import DEVICE_BYTES
+from dsv4q.verify.judge import Judge
 
 TOGETHER = 2
 """Shards that are being judged or wait for it; a further one has to wait before the run goes on."""
@@ -33,7 +34,7 @@ class Dropping:
     An error of the judge, such as a disk that cannot be read, is raised by the next `submit` or by `wait`.
     """
 
-    def __init__(self, judge: ShardJudge, out: Path, *, keep: bool) -> None:
+    def __init__(self, judge: Judge, out: Path, *, keep: bool) -> None:
         self.judge, self.keep = judge, keep
         self.busy, self.waited = 0.0, 0.0
         """Seconds that judging took, and that the run waited for it."""
@@ -51,16 +52,13 @@ class Dropping:
         while len(self._pending) >= TOGETHER:
             self._pending.popleft().result()
         self.waited += time.perf_counter() - begin
-        self._pending.append(self._pool.submit(self._judge, shard))
+        self._pending.append(self._pool.submit(self._judge_and_drop, shard.file, shard.header))
 
-    def _judge(self, shard: PlannedShard) -> None:
+    def _judge_and_drop(self, file: str, header: bytes) -> None:
         begin = time.perf_counter()
-        path = self._out / shard.file
-        with path.open("rb") as file:
-            if file.read(len(shard.header)) != shard.header:
-                self.judge.log.differs("headers", file=shard.file, expected="the planned header", found="another one")
+        path = self._out / file
         try:
-            self.judge.judge(shard.file, self._check_stop)
+            self.judge.shard(file, header, self._check_stop)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 "The GPU ran out of memory while a shard was judged",

@@ -2,7 +2,7 @@
 
 Everything between source and shards is `quantize`'s own code: plan, oneshot, calibration, encoding, writer, journal,
 report. What differs: the source (`made_up/generated.py`), and what becomes of a whole shard, which is judged on a
-thread of its own (`verify/shard.py`) and then deleted, so that the disk need is a few shards.
+thread of its own (`dropping.py`) and then deleted, so that the disk need is a few shards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from dsv4q.report.build import build_report
 from dsv4q.report.rehearsal import rehearsal_result
 from dsv4q.run.calibration import data_wanted, load_data
 from dsv4q.run.run import Run, run_blocks, run_device
-from dsv4q.verify.judge import verify_headers
+from dsv4q.verify.case import DEVICE_BYTES, Contract
+from dsv4q.verify.judge import Judge, verify_headers
+from dsv4q.verify.result import Log
 
 if TYPE_CHECKING:
     from dsv4q.data.tokens import CalibrationData
@@ -124,9 +126,10 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     there = out.is_dir()
     from dsv4q.dropping import Dropping
     from dsv4q.run.ranks import Ranks
-    from dsv4q.verify.shard import ShardJudge
 
-    judge = ShardJudge(out, plan.artifact_config, prepared.source, device)
+    log = Log()
+    contract = Contract.of(plan.artifact_config, Dims.from_config(plan.artifact_config, out / "config.json"), log)
+    judge = Judge(out, contract, log, source=prepared.source, deep=True, device=device, quick=True)
     dropping = Dropping(judge, out, keep=rehearsal.keep)
     make_writer = partial(ShardWriter, on_whole=dropping.submit)
     run = Run(out, plan, prepared.source, data, device, Ranks(), make_writer, begin)
@@ -217,8 +220,6 @@ def _cut_plan(source: GeneratedCheckpoint, config: Config, whole: Plan) -> Plan:
 
 def _estimate(plan: Plan, source: GeneratedCheckpoint, keep: bool) -> Estimate:
     """The plan's needs, and those of the pools and of judging beside the run."""
-    from dsv4q.verify.shard import DEVICE_BYTES
-
     pools = source.pool_bytes
     return replace(
         plan.estimate,

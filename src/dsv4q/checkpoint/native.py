@@ -90,6 +90,21 @@ class NativeCheckpoint(Checkpoint):
         buffer.cast("B")[:] = self.read(name)
         return None
 
+    def read_part(self, name: str, start: int, buffer: memoryview) -> None:
+        """Those logical bytes that begin at byte `start`; what is quantized is dequantized as a whole for it.
+
+        Raises:
+            SourceError, WeightError: as `read`.
+        """
+        if name not in self.quantized:
+            return self.on_disk.read_part(name, start, buffer)
+        buffer[:] = self.read(name)[start : start + len(buffer)]
+        return None
+
+    def is_whole(self, name: str) -> bool:
+        """Whether everything that a logical tensor lies on disk as is whole."""
+        return all(self.on_disk.is_whole(entry.name) for entry in entries_of(self, name))
+
     def tensor(self, name: str) -> torch.Tensor:
         """One logical tensor on the CPU, in memory of its own.
 
@@ -167,7 +182,7 @@ def as_source(checkpoint: Checkpoint) -> Checkpoint:
         problems=(*checkpoint.problems, *findings.errors()),
         has_weights=checkpoint.has_weights,
         config_file=checkpoint.config_file,
-        unread=checkpoint.unread | {s.name for s in low if s.name not in quantized},
+        hidden={**checkpoint.hidden, **_undecided(checkpoint, [s for s in low if s.name not in quantized])},
         on_disk=checkpoint,
         quantized=quantized,
     )
@@ -225,6 +240,12 @@ def _pair(checkpoint: Checkpoint, spec: TensorSpec, findings: Findings) -> Quant
         findings.add(what, scale.file, tensor=name, expected=wanted, found=_text(scale), hint=_FOREIGN)
         return None
     return Quantized(form, weight, scale)
+
+
+def _undecided(checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> dict[str, str]:
+    """Weights of which no value can be told -> the shard that is to blame: the scale's, if that is unread."""
+    files = {spec.name: checkpoint.tensors[spec.name].file for spec in specs}
+    return {spec.name: checkpoint.hidden.get(f"{spec.module}.scale", files[spec.name]) for spec in specs}
 
 
 def _text(entry: TensorEntry) -> str:

@@ -11,7 +11,9 @@ import math
 import os
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -89,8 +91,9 @@ class Checkpoint:
     has_weights: bool
     """False when the folder (or file) holds only a config.json."""
     config_file: Path
-    unread: frozenset[str] = frozenset()
-    """Tensors that index or headers promise, of which a problem hides dtype and shape: neither there nor missing."""
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that index or headers promise, of which a problem hides dtype and shape -> the shard they are said to be
+    in."""
     _handles: _Handles = field(default_factory=_Handles, repr=False, compare=False)
 
     def read(self, name: str) -> memoryview:
@@ -113,19 +116,48 @@ class Checkpoint:
         entry = self._entry(name)
         if buffer.nbytes != entry.nbytes:
             raise ValueError(f"{name} has {entry.nbytes} bytes, the buffer {buffer.nbytes}")
-        if entry.nbytes == 0:
+        if entry.nbytes:
+            self.read_part(name, 0, buffer.cast("B"))
+
+    def read_part(self, name: str, start: int, buffer: memoryview) -> None:
+        """Read those raw bytes of a tensor into `buffer` (bytes) that begin at byte `start` of it.
+
+        Raises:
+            SourceError: as `read`.
+        """
+        if not len(buffer):
             return
+        entry = self._entry(name)
         path = self.root / entry.file
         handle = self._handles.get(path, self.files[entry.file])
-        count = fill(handle, buffer.cast("B"), entry.start, path)
-        if count != entry.nbytes:
+        count = fill(handle, buffer, entry.start + start, path)
+        if count != len(buffer):
             raise SourceError(
                 "A shard ends inside a tensor",
                 where=f"{path}: {shown(name)}",
-                expected=f"{entry.nbytes:,} bytes from offset {entry.start:,}",
+                expected=f"{len(buffer):,} bytes from offset {entry.start + start:,}",
                 found=f"{count:,} bytes",
                 hint=AGAIN,
             )
+
+    def copy_to(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor's values into `tensor`, of its dtype and shape, on any device.
+
+        Raises:
+            SourceError: as `tensor`.
+        """
+        tensor.copy_(self.tensor(name))
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor's bytes are as many as dtype and shape need, and its file is long enough to hold them."""
+        entry = self._entry(name)
+        needed = math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
+        return entry.nbytes == needed and entry.start + entry.nbytes <= self.files[entry.file]
+
+    @cached_property
+    def unread(self) -> frozenset[str]:
+        """Tensors that are neither there nor missing: the names in `hidden`."""
+        return frozenset(self.hidden)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor with its dtype and shape, on the CPU, in memory of its own.
@@ -227,8 +259,8 @@ def scan(path: Path) -> Checkpoint:
     tensors: dict[str, TensorEntry] = {}
     for shard in shards.values():  # of a tensor in two shards, the one that the index means; else the first
         tensors |= {n: e for n, e in shard.entries.items() if n not in tensors or weight_map.get(n) == shard.file}
-    hidden = {n for shard in shards.values() for n in shard.unusable}
-    hidden |= {n for n, file in weight_map.items() if not is_readable(shards, file)}
+    hidden = {n: shard.file for shard in shards.values() for n in shard.unusable}
+    hidden |= {n: file for n, file in weight_map.items() if not is_readable(shards, file)}
     return Checkpoint(
         path,
         config,
@@ -237,7 +269,7 @@ def scan(path: Path) -> Checkpoint:
         findings.errors(),
         has_weights=bool(on_disk) or has_index,
         config_file=path / "config.json",
-        unread=frozenset(hidden - tensors.keys()),
+        hidden={n: file for n, file in hidden.items() if n not in tensors},
     )
 
 

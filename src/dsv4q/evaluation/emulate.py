@@ -19,50 +19,41 @@ cache, and its own choice of precision in the compressor and the indexer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from dsv4q.errors import SourceError
-from dsv4q.formats import stored as forms
 from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, NVFP4_GROUP, fp8_block_decode, fp8_block_encode
 from dsv4q.formats.exact import fp8_block_scales, round_e2m1
 from dsv4q.layout import Role, TensorSpec
-from dsv4q.verify.config import FP8, INT, NVFP4, Scheme
-
-if TYPE_CHECKING:
-    from dsv4q.verify.library import LibraryScheme
+from dsv4q.verify.schemes import NVFP4, Refused, StoredScheme
 
 Quantizer = Callable[[Tensor], Tensor]
 """A linear's input [..., N] -> the values that the kernel multiplies, same shape and dtype."""
 
 FP8_GROUP = 128
+_STATIC = ("input_scale", "input_zero_point", "input_global_scale")
 
 
 # ------------------------------------------------------------------------------------------------ weights
 
 
 @torch.no_grad()
-def kernel_weight(scheme: Scheme, stored: Mapping[str, Tensor]) -> Tensor:
+def kernel_weight(scheme: StoredScheme, stored: Mapping[str, Tensor]) -> Tensor:
     """BF16 [out, in] that the kernel multiplies, of a linear's stored tensors by suffix.
 
     Raises:
         SourceError: compressed-tensors cannot decode what is stored.
     """
-    if scheme.is_general:
-        return _decode_by_library(scheme, stored).to(torch.bfloat16)
-    values = forms.decode(_stored_form(scheme), stored)
-    if scheme.format == FP8:
-        values = _served_fp8(values, stored["weight_scale"])
-    return values.to(torch.bfloat16)
-
-
-def _stored_form(scheme: Scheme) -> forms.StoredForm:
-    """How a linear is stored under a scheme that is not `is_general`."""
-    closed = {NVFP4: forms.NVFP4, FP8: forms.FP8_BLOCKS, INT: forms.packed_integers(scheme.bits, scheme.columns)}
-    return closed[scheme.format]
+    try:
+        values = scheme.decode(stored)["weight"]
+    except Refused as error:
+        raise SourceError(
+            "compressed-tensors cannot decode a linear", where=f"config_groups.{scheme.group}", found=error
+        ) from error
+    return (_served_fp8(values, stored["weight_scale"]) if scheme.in_squares else values).to(torch.bfloat16)
 
 
 def _served_fp8(values: Tensor, scale: Tensor) -> Tensor:
@@ -72,18 +63,6 @@ def _served_fp8(values: Tensor, scale: Tensor) -> Tensor:
         return values
     served = fp8_block_scales(values)
     return fp8_block_decode(fp8_block_encode(values, served), served)
-
-
-def _decode_by_library(scheme: Scheme, stored: Mapping[str, Tensor]) -> Tensor:
-    from dsv4q.verify.library import LibraryScheme, Refused
-
-    assert isinstance(scheme, LibraryScheme)
-    try:
-        return scheme.decode(stored)["weight"]
-    except Refused as error:
-        raise SourceError(
-            "compressed-tensors cannot decode a linear", where=f"config_groups.{scheme.group}", found=error
-        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -123,16 +102,17 @@ def shares_input_scale(spec: TensorSpec) -> str:
     return "wq_a, wkv" if projection in ("wq_a", "wkv") else spec.module
 
 
-def quantizer(scheme: Scheme, stored: Mapping[str, Tensor], global_scale: Tensor | None) -> Quantizer | None:
+def quantizer(scheme: StoredScheme, stored: Mapping[str, Tensor], global_scale: Tensor | None) -> Quantizer | None:
     """What happens to the inputs of a linear; None: nothing (weight-only).
 
     Args:
         stored: the linear's tensors by suffix; static scales of schemes that compressed-tensors knows are in there.
         global_scale: of the whole group of `shares_input_scale`, F32 [1]; NVFP4 only.
     """
-    if scheme.is_general:
-        return _library_quantizer(scheme, stored)
-    if scheme.format == FP8:
+    if scheme.input_arguments is not None:
+        kept = {name: stored[name] for name in _STATIC if name in stored}
+        return lambda x: _by_library(scheme, kept, x)
+    if scheme.in_squares:
         return fp8_input
     if scheme.format == NVFP4 and scheme.input_scale:
         assert global_scale is not None
@@ -141,22 +121,12 @@ def quantizer(scheme: Scheme, stored: Mapping[str, Tensor], global_scale: Tensor
     return None
 
 
-def _library_quantizer(scheme: Scheme, stored: Mapping[str, Tensor]) -> Quantizer | None:
+def _by_library(scheme: StoredScheme, kept: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """compressed-tensors' own rounding, for schemes that are not written down here."""
-    from dsv4q.verify.library import LibraryScheme
-
-    assert isinstance(scheme, LibraryScheme)
-    if scheme.library.input_activations is None:
-        return None
-    kept = {name: stored[name] for name in ("input_scale", "input_zero_point", "input_global_scale") if name in stored}
-    return lambda x: _by_library(scheme, kept, x)
-
-
-def _by_library(scheme: LibraryScheme, kept: Mapping[str, Tensor], x: Tensor) -> Tensor:
     from compressed_tensors.quantization import fake_quantize
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-    args = scheme.library.input_activations
+    args = scheme.input_arguments
     tokens = x.reshape(1, -1, x.shape[-1])  # its strategy "token" counts two leading dimensions
     if not tokens.numel():
         return x

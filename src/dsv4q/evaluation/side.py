@@ -31,8 +31,9 @@ from dsv4q.model.model import (
     run_block,
     set_tensor,
 )
-from dsv4q.verify.config import Scheme, Stored, judge_config
+from dsv4q.verify.config import judge_config
 from dsv4q.verify.result import Log
+from dsv4q.verify.schemes import Stored, StoredScheme
 
 DRAFT = "mtp.0"
 """The draft that is judged. A server with one MTP layer uses it for every step; so does this for any number."""
@@ -45,7 +46,7 @@ class SideTensor:
 
     side: Side
     spec: TensorSpec
-    scheme: Scheme | None
+    scheme: StoredScheme | None
     names: Mapping[str, str]
     """Suffix -> tensor in the file; one tensor under `weight` or the like if it is not quantized."""
     nbytes: int
@@ -63,7 +64,7 @@ class Side:
     """`reference` or `artifact`."""
     checkpoint: Checkpoint
     dims: Dims
-    schemes: Mapping[str, Scheme]
+    schemes: Mapping[str, StoredScheme]
     """How each quantized linear is stored, by upstream module name; empty for a plain or native checkpoint."""
     device: torch.device
     model: DeepseekV4ForCausalLMWithMTP
@@ -244,7 +245,7 @@ def open_side(name: str, path: Path, device: torch.device) -> Side:
     return side
 
 
-def _schemes(checkpoint: Checkpoint, dims: Dims) -> tuple[dict[str, Scheme], Log]:
+def _schemes(checkpoint: Checkpoint, dims: Dims) -> tuple[dict[str, StoredScheme], Log]:
     log = Log()
     settings = checkpoint.config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":

@@ -129,18 +129,6 @@ class GeneratedCheckpoint(Checkpoint):
             elements=max(_LEAST, 1 << (4 * largest - 1).bit_length()),
         )
 
-    def read_into(self, name: str, buffer: memoryview) -> None:
-        """Write one tensor's bytes into `buffer`: writable, contiguous, exactly the tensor's size.
-
-        Raises:
-            ValueError: a buffer of another size (a defect of the caller).
-            SourceError: no such tensor.
-        """
-        entry = self._entry(name)
-        if buffer.nbytes != entry.nbytes:
-            raise ValueError(f"{name} has {entry.nbytes} bytes, the buffer {buffer.nbytes}")
-        self.read_part(name, 0, buffer)
-
     def read_part(self, name: str, start: int, buffer: memoryview) -> None:
         """Write those bytes of a tensor into `buffer` that begin at byte `start` of it."""
         import numpy as np
@@ -161,6 +149,10 @@ class GeneratedCheckpoint(Checkpoint):
         for extent in self.extents(name):
             values = self._pool_on(extent.kind, tensor.device)[extent.offset : extent.offset + extent.nbytes]
             flat[extent.start : extent.start + extent.nbytes].copy_(values)
+
+    def is_whole(self, name: str) -> bool:
+        """What is made up is."""
+        return name in self.tensors
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides every byte, as JSON."""

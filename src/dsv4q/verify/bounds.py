@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dsv4q.formats.encode import nvfp4_decode, nvfp4_encode
+from dsv4q.verify.schemes import ValueGrid
 
 _ROUNDING = 2.0**-7
 """Room for two roundings to BF16."""
@@ -50,36 +51,7 @@ class Blocks:
     """[n], effective scale."""
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The values a format stores."""
-
-    kind: str
-    """e2m1, e4m3 or int."""
-    range: float
-    """What the range observer divides the largest magnitude by."""
-    largest: float
-    """Largest value stored on both sides of zero."""
-
-    def half_step(self, magnitude: Tensor) -> Tensor:
-        """h(|w|/u), same shape."""
-        if self.kind == "int":
-            return torch.full_like(magnitude, 0.5)
-        if self.kind == "e2m1":
-            return 0.25 + 0.25 * (magnitude >= 2) + 0.5 * (magnitude >= 4)
-        exponent = torch.frexp(magnitude).exponent - 1
-        return torch.exp2(exponent.clamp_(min=-6).to(torch.float32) - 4)
-
-
-E2M1 = Grid("e2m1", 6.0, 6.0)
-E4M3 = Grid("e4m3", 448.0, 448.0)
-
-
-def integer_grid(bits: int) -> Grid:
-    return Grid("int", (2**bits - 1) / 2, 2.0 ** (bits - 1) - 1)
-
-
-def far_elements(blocks: Blocks, grid: Grid, *, bf16_quotient: bool) -> Tensor:
+def far_elements(blocks: Blocks, grid: ValueGrid, *, bf16_quotient: bool) -> Tensor:
     """Bound 1: bool [n, k], true where the error is larger than nearest rounding and clipping leave."""
     unit = blocks.unit.unsqueeze(-1)
     magnitude = blocks.weight.abs()
@@ -89,7 +61,7 @@ def far_elements(blocks: Blocks, grid: Grid, *, bf16_quotient: bool) -> Tensor:
     return (blocks.weight - blocks.decoded).abs_() > allowed
 
 
-def dishonest_scales(blocks: Blocks, grid: Grid, global_scale: Tensor | None) -> Tensor:
+def dishonest_scales(blocks: Blocks, grid: ValueGrid, global_scale: Tensor | None) -> Tensor:
     """Bound 2: bool [n], true where no honest observer would have chosen this scale.
 
     Args:

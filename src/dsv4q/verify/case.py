@@ -1,40 +1,145 @@
-"""What the value checks of `verify-shards` share: the case they judge, and the shape of one piece of work."""
+"""What a judgement goes by: what must be there, and what it is held against."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-import torch
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.verify.result import Log
+from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
+from dsv4q.verify.config import judge_config
+from dsv4q.verify.files import Header
+from dsv4q.verify.result import ClassErrors, Log
+from dsv4q.verify.schemes import StoredScheme
 
 if TYPE_CHECKING:
-    from dsv4q.verify.judge import Survey
+    import torch
 
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+FLOATS = ("BF16", "F16", "F32", "F64")
+BATCH_BYTES = 1 << 28
+"""Decoded F32 values of linears that are judged together, at most; one linear is always allowed."""
+DEVICE_BYTES = 8 * BATCH_BYTES
+"""What that takes on the device at most: a batch as stored, decoded and as its source, and the source's pools."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What an artifact must be, by its config.json alone."""
+
+    config: Mapping[str, Any]
+    dims: Dims
+    plain: bool
+    """Nothing is quantized, and nothing is meant to be."""
+    specs: Mapping[str, TensorSpec]
+    """The model's tensors by name."""
+    schemes: Mapping[str, StoredScheme]
+    """How each quantized linear is stored, by module."""
+    copies: Mapping[str, str]
+    """Copies of the shared head under every MTP layer -> the main tensor that each copies."""
+    tensors: Mapping[str, tuple[tuple[str, ...], Shape]]
+    """Every tensor that has to be there -> dtypes allowed, shape; of the copies all or none."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], dims: Dims, log: Log, *, plain: bool = False) -> Contract:
+        """Check quantization_config, and derive from it and the layout what must be there."""
+        specs = source_tensors(dims)
+        schemes = {} if plain else judge_config(config, dims, specs, log)
+        copies = {f"mtp.{i}.{suffix}": main for i in range(dims.mtp_layers) for suffix, main in HEAD_COPIES.items()}
+        tensors: dict[str, tuple[tuple[str, ...], Shape]] = {}
+        for spec in specs:
+            scheme = schemes.get(spec.module) if spec.is_quantizable else None
+            if scheme is None:
+                tensors[spec.name] = ((spec.dtype,), spec.shape)
+                continue
+            for suffix, stored in scheme.stored(spec.shape).items():
+                tensors[f"{spec.module}.{suffix}"] = stored
+        copies = {} if plain else copies
+        tensors |= {copy: tensors[main] for copy, main in copies.items()}
+        return cls(config, dims, plain, {spec.name: spec for spec in specs}, schemes, copies, tensors)
+
+    def whole_linears(self, names: Iterable[str]) -> Iterator[tuple[TensorSpec, StoredScheme]]:
+        """Quantized linears all of whose tensors are among `names`, in the order in which these come."""
+        here = dict.fromkeys(names)
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in here):
+            scheme, spec = self.schemes.get(module), self.specs.get(f"{module}.weight")
+            if scheme is None or spec is None:
+                continue
+            if all(f"{module}.{suffix}" in here for suffix in scheme.stored(spec.shape)):
+                yield spec, scheme
+
+    def text(self, name: str) -> str:
+        """Dtypes and shape that a tensor must have."""
+        dtypes, shape = self.tensors[name]
+        return f"{' or '.join(dtypes)} {list(shape)}"
+
+    def instead(self, name: str) -> str:
+        """What should be there instead of a tensor that should not."""
+        module, _, suffix = name.rpartition(".")
+        tensors, modules = self._transformers_names
+        if name in tensors:
+            return f"{tensors[name]}: this is transformers' name of it"
+        if module in modules:
+            return f"{modules[module]}.{suffix}: this is transformers' name of it"
+        if name.startswith("mtp.") and not self.dims.mtp_layers:
+            return "no mtp.* tensor: num_nextn_predict_layers is 0"
+        if re.fullmatch(r"mtp\.\d+\.embed\.weight", name):
+            right = name.replace("embed", "emb.tok_emb")
+            return f"no such name (it breaks the consumer's loader); the copy is {right}"
+        if name.endswith((".weight_scale_inv", ".scale")):
+            return f"no such name; a scale is called {module}.weight_scale"
+        return "no such tensor"
+
+    @cached_property
+    def _transformers_names(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Of tensors and of modules -> ours."""
+        specs = [spec for spec in self.specs.values() if spec.hf_name != spec.name]
+        return {s.hf_name: s.name for s in specs}, {s.hf_name.rpartition(".")[0]: s.module for s in specs}
 
 
 @dataclass(frozen=True)
 class Case:
-    """The artifact, what the header checks learned of it, and what it is held against."""
+    """An artifact, what it is held against, and what has been found out."""
 
-    survey: Survey
+    contract: Contract
     artifact: Checkpoint
+    """Its sound tensors, as far as they are known."""
     source: Checkpoint | None
     deep: bool
-    device: torch.device
-    """Where quantized weights are judged."""
     log: Log
+    device: torch.device | None = None
+    """Where quantized weights are judged; None: no value is looked at."""
+    sound: dict[str, Header] = field(default_factory=dict)
+    """Tensors that must be there and are, once, with the right dtype and shape."""
+    errors: dict[str, ClassErrors] = field(default_factory=lambda: defaultdict(ClassErrors))
+    """By role of linears."""
+    exact: Counter[str] = field(default_factory=Counter)
+    """Linears by role that were seen to be their source bit for bit and are not in `errors`."""
 
     def differs(self, check: str, name: str, expected: str, found: str) -> None:
-        file = self.survey.sound[name].file if name in self.survey.sound else None
+        """Log a difference of one tensor."""
+        file = self.sound[name].file if name in self.sound else None
         self.log.differs(check, tensor=name, file=file, expected=expected, found=found)
 
+    def is_lost(self, name: str) -> bool:
+        """Whether a tensor of the source is damaged; its shard has been named, and it is not compared."""
+        assert self.source is not None
+        return name in self.source.unread or (name in self.source.tensors and not self.source.is_whole(name))
 
-class Job(Protocol):
-    """A piece of work: `load` runs on any thread, `judge` afterwards on the main one, job by job in order."""
+    def source_fault(self, spec: TensorSpec) -> str | None:
+        """Why the source's weight cannot be compared; None if it can."""
+        assert self.source is not None
+        entry = self.source.tensors.get(spec.name)
+        if entry is None:
+            return "no such tensor"
+        return None if entry.dtype in FLOATS and entry.shape == spec.shape else f"{entry.dtype} {[*entry.shape]}"
+
+
+class ValueCheck(Protocol):
+    """A piece of the value checks: `load` runs on any thread, `judge` afterwards on the judge's, in order."""
 
     label: str
     """What the progress bar says meanwhile."""
@@ -43,12 +148,8 @@ class Job(Protocol):
     memory: int
     """Bytes that it holds between `load` and the end of `judge`."""
 
-    def load(self) -> None: ...
+    def load(self) -> None:
+        """Read, and compare what the host compares."""
 
-    def judge(self) -> None: ...
-
-
-def place(mask: torch.Tensor) -> list[int]:
-    """Index of the first true element."""
-    first: list[int] = mask.nonzero()[0].tolist()
-    return first
+    def judge(self) -> None:
+        """Say what is wrong."""

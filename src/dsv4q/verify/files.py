@@ -1,5 +1,8 @@
 """Index, shard headers and files of an artifact, read with the judge's own eyes; every difference named.
 
+`checkpoint` reads headers too, for every source. This second reader is independence on purpose: that an artifact is
+whole is said by something that the run does not use.
+
 safetensors: u64 little-endian header length, JSON header (name -> dtype, shape, data_offsets), data; the tensors tile
 the data without hole or overlap. https://github.com/huggingface/safetensors#format
 """
@@ -54,6 +57,8 @@ class Headers:
     """Tensor name -> shard file, as the index says; empty without a usable index."""
     total_size: object
     """As the index says."""
+    sizes: dict[str, int]
+    """Shard -> bytes of the file, of those that could be read."""
     shards: int
 
     @property
@@ -116,15 +121,16 @@ def read_shards(root: Path, log: Log) -> Headers:
     unread = set(named - on_disk)
     files = sorted(on_disk)
     _check_names(files, named, log)
+    sizes: dict[str, int] = {}
     for file in files:
-        log.looked_at("headers")
-        entries = _read_header(root, file, log)
-        if entries is None:
+        read = read_header(root, file, log)
+        if read is None:
             unread.add(file)
             continue
+        sizes[file], entries = read
         for name, header in entries.items():
             holders[name].append(header)
-    return Headers(dict(holders), frozenset(unread), index, total_size, len(files))
+    return Headers(dict(holders), frozenset(unread), index, total_size, sizes, len(files))
 
 
 def _read_index(root: Path, log: Log) -> tuple[dict[str, str], object]:
@@ -149,8 +155,8 @@ def _read_index(root: Path, log: Log) -> tuple[dict[str, str], object]:
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-def _read_header(root: Path, file: str, log: Log) -> dict[str, Header] | None:
-    """Tensors of one shard; None when the header says nothing usable. The data itself is not read.
+def read_header(root: Path, file: str, log: Log) -> tuple[int, dict[str, Header]] | None:
+    """Size of one shard and its tensors; None when the header says nothing usable. The data itself is not read.
 
     safetensors: u64 little-endian header length, JSON header, data; tensors tile the data without hole or overlap.
     """
@@ -158,6 +164,7 @@ def _read_header(root: Path, file: str, log: Log) -> dict[str, Header] | None:
     def bad(expected: str, found: object, tensor: str | None = None) -> None:
         log.differs("headers", tensor=tensor, file=file, expected=expected, found=str(found)[:120])
 
+    log.looked_at("headers")
     path = root / file
     try:
         if not path.is_file():
@@ -185,7 +192,7 @@ def _read_header(root: Path, file: str, log: Log) -> dict[str, Header] | None:
         else:
             entries[name] = entry
     _check_tiling(entries, 8 + length, size, bad)
-    return entries
+    return size, entries
 
 
 def _entry(file: str, info: object, base: int, size: int) -> Header | None:

@@ -1,56 +1,55 @@
-"""The independent judge of an artifact, or of a plain BF16 checkpoint: `dsv4q verify-shards`.
+"""The independent judge of an artifact, or of a plain BF16 checkpoint: `dsv4q verify-shards`, and of `rehearse`.
 
 It derives by itself what must be there: the tensors of a DeepSeek-V4 from config.json (`layout`), how each linear is
 stored from config.json's quantization_config (`config.py`), and it reads index and headers with its own eyes
-(`files.py`), so that every difference is counted once and exactly. It shares nothing with planner and writer. Exact
+(`files.py`), so that every difference is counted once and exactly. It never sees plan, recipe, config, run or the
+writer; with them it shares what a number and a file are: `formats`, `layout`, and the readers of `checkpoint`. Exact
 sets, never thresholds: the consumer loads an artifact with a missing expert, a missing scale or a scale of the wrong
 dtype in silence.
 
 A checkpoint without quantization_config is plain: every tensor of the layout in the layout's dtype, no recipe.yaml.
 
-`verify_headers` reads no tensor and imports no torch. `verify` adds the values (`values.py`).
+There is one judge. `verify` feeds it all shards at once, so that differences are told in the order of the layout and a
+linear may lie in several shards; `rehearse` feeds it each shard as it becomes whole, and deletes it.
+
+Headers are judged without torch. Values are read, moved and compared a few at a time while one is judged, so memory is
+`pipes.BUDGET` and the temporaries of one linear, or one tensor where a single one is larger.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.folder import load_model_config
+from dsv4q.checkpoint.headers import TensorEntry
+from dsv4q.checkpoint.native import scan_source
+from dsv4q.checkpoint.pipes import loaded_ahead
+from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError
-from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
-from dsv4q.verify.config import FP8, Scheme, judge_config
-from dsv4q.verify.files import Header, Headers, check_files, check_index, read_shards
-from dsv4q.verify.result import Difference, ErrorStats, Log, VerifyResult
+from dsv4q.host import usable_device
+from dsv4q.layout import Dims
+from dsv4q.verify.case import Case, Contract
+from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
+from dsv4q.verify.result import Difference, Log, VerifyResult
+from dsv4q.verify.schemes import FP8
+from dsv4q.verify.source import compare_folders
 
-__all__ = ["Difference", "ErrorStats", "Survey", "VerifyResult", "verify", "verify_headers"]
+if TYPE_CHECKING:
+    import torch
+
+    from dsv4q.verify.values import ValueChecks
+
+__all__ = ["Difference", "Judge", "VerifyResult", "verify", "verify_headers"]
 
 _COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, bytes done, bytes in all."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What the header checks learned; the value checks start from it."""
-
-    root: Path
-    config: Mapping[str, Any]
-    dims: Dims
-    specs: Mapping[str, TensorSpec]
-    plain: bool
-    """Nothing is quantized, and nothing is meant to be."""
-    schemes: Mapping[str, Scheme]
-    copies: Mapping[str, str]
-    """Head copies that are there -> the main tensor that each copies."""
-    sound: Mapping[str, Header]
-    """Tensors that must be there and are, once, with the right dtype and shape."""
 
 
 def verify_headers(artifact: Path) -> VerifyResult:
@@ -70,7 +69,7 @@ def verify(
     Args:
         artifact: its folder.
         source: the checkpoint it was made of, BF16 or native; compares untouched tensors byte by byte, re-encodes
-            quantized ones.
+            quantized ones. What of it is damaged is a difference, and the rest is compared.
         deep: look at every value: scales finite and positive, pairs equal, no NaN.
         progress: called with a label, bytes done and bytes in all.
         device: where quantized weights are encoded and compared: auto, cpu, cuda or cuda:N.
@@ -81,44 +80,31 @@ def verify(
         SourceError: artifact or source has no config.json, or not one of a DeepSeek-V4; reading fails.
     """
     begin = time.monotonic()
-    log = Log()
-    survey, headers = _survey(artifact, log)
-    errors: dict[str, ErrorStats] = {}
-    if deep or source is not None:
-        from dsv4q.verify.values import judge_values
-
-        errors = judge_values(survey, source, deep, progress, device, log)
+    if not artifact.is_dir():
+        raise SourceError("There is no artifact folder here", where=artifact, hint="give the folder with config.json")
+    config, log = load_model_config(artifact), Log()
+    dims = Dims.from_config(config, artifact / "config.json")
+    headers = read_shards(artifact, log)
+    plain = _is_plain(config, headers)
+    check_files(artifact, headers, not plain, log)
+    check_index(headers, log)
+    contract = Contract.of(config, dims, log, plain=plain)
+    place = usable_device(device) if deep or source is not None else None
+    with nullcontext() if source is None else scan_source(source) as original:
+        judge = Judge(artifact, contract, log, source=original, deep=deep, device=place)
+        judge.all_shards(headers, progress)
     return VerifyResult(
         artifact=str(artifact),
-        kind="plain" if survey.plain else "quantized",
+        kind="plain" if plain else "quantized",
         tensors=len(headers.holders),
         shards=headers.shards,
         bytes=headers.nbytes,
         mtp_tensors=sum(name.startswith("mtp.") for name in headers.holders),
         checks=dict(log.checks),
         differences=tuple(log.differences),
-        errors={role: stats.as_dict() for role, stats in errors.items()},
+        errors={role: stats.as_dict() for role, stats in judge.case.errors.items()},
         seconds=time.monotonic() - begin,
     )
-
-
-def _survey(artifact: Path, log: Log) -> tuple[Survey, Headers]:
-    if not artifact.is_dir():
-        raise SourceError("There is no artifact folder here", where=artifact, hint="give the folder with config.json")
-    config = load_model_config(artifact)
-    dims = Dims.from_config(config, artifact / "config.json")
-    specs = source_tensors(dims)
-    headers = read_shards(artifact, log)
-    plain = _is_plain(config, headers)
-    check_files(artifact, headers, not plain, log)
-    check_index(headers, log)
-    schemes = {} if plain else judge_config(config, dims, specs, log)
-    copies = {} if plain else _head_copies(dims, headers)
-    expected = _expected(specs, schemes, copies)
-    sound = _check_tensors(expected, specs, headers, log)
-    _check_attention_scales(sound, schemes, log)
-    by_name = {spec.name: spec for spec in specs}
-    return Survey(artifact, config, dims, by_name, plain, schemes, copies, sound), headers
 
 
 def _is_plain(config: Mapping[str, Any], headers: Headers) -> bool:
@@ -127,90 +113,181 @@ def _is_plain(config: Mapping[str, Any], headers: Headers) -> bool:
     return config.get("quantization_config") is None and not any(name.endswith(_COMPRESSED) for name in names)
 
 
-# ------------------------------------------------------------------------------------------------ tensors
+class Judge:
+    """Judges the shards of one artifact, each once, in any order; what is wrong goes into the log.
 
-Expected = dict[str, tuple[tuple[str, ...], Shape]]
-"""Tensor name -> dtypes allowed, shape."""
+    What has to be held against each other across shards is kept: the tensors that are still missing, the dtypes of
+    the attention scales, and of an expert whose w1 and w3 come in different shards the scales that both must have.
 
+    Args:
+        root: folder in which the shards lie.
+        contract: what must be there.
+        source: what the artifact is made of.
+        deep: look at every value.
+        device: where quantized weights are judged; None: no value is looked at.
+        quick: judge linears in batches, and leave those that are exact out of the statistics.
+    """
 
-def _head_copies(dims: Dims, headers: Headers) -> dict[str, str]:
-    """Copies of the shared head under every MTP layer: all of them as soon as one is there."""
-    copies = {f"mtp.{i}.{suffix}": main for i in range(dims.mtp_layers) for suffix, main in HEAD_COPIES.items()}
-    known = headers.holders.keys() | headers.index.keys()
-    return copies if copies.keys() & known else {}
+    def __init__(
+        self,
+        root: Path,
+        contract: Contract,
+        log: Log,
+        *,
+        source: Checkpoint | None = None,
+        deep: bool = False,
+        device: torch.device | None = None,
+        quick: bool = False,
+    ) -> None:
+        self.contract, self.log, self.quick = contract, log, quick
+        # Only the judge's own headers say where a tensor lies; the reader brings its bytes.
+        artifact = Checkpoint(root, dict(contract.config), {}, {}, (), True, root / "config.json")
+        self.case = Case(contract, artifact, source, deep, log, device)
+        self.shards, self.tensors, self.mtp_tensors, self.nbytes = 0, 0, 0, 0
+        self._owed = dict.fromkeys(contract.tensors)
+        self._split = set(contract.schemes)
+        """Quantized linears that no shard so far held as a whole."""
+        self._values: ValueChecks | None = None
+        self._stream: torch.cuda.Stream | None = None
 
+    # ------------------------------------------------------------------------------------ feeding
 
-def _expected(specs: Sequence[TensorSpec], schemes: Mapping[str, Scheme], copies: Mapping[str, str]) -> Expected:
-    expected: Expected = {}
-    for spec in specs:
-        scheme = schemes.get(spec.module) if spec.is_quantizable else None
-        if scheme is None:
-            expected[spec.name] = ((spec.dtype,), spec.shape)
-            continue
-        for suffix, stored in scheme.stored(spec.shape).items():
-            expected[f"{spec.module}.{suffix}"] = stored
-    return expected | {copy: expected[main] for copy, main in copies.items()}
-
-
-def _check_tensors(expected: Expected, specs: Sequence[TensorSpec], headers: Headers, log: Log) -> dict[str, Header]:
-    """The exact set, each with its exact dtype and shape. Returns the tensors that are as they must be."""
-    sound = {}
-    for name, (dtypes, shape) in expected.items():
-        check = "mtp" if name.startswith("mtp.") else "tensors"
-        log.looked_at(check)
-        holders = headers.holders.get(name)
-        wanted = f"{' or '.join(dtypes)} {list(shape)}"
-        if holders is None:
-            # Of an unreadable shard nobody knows what is in it; that it is unreadable has been said.
+    def all_shards(self, headers: Headers, progress: Progress | None) -> None:
+        """Judge all shards at once: first which tensors are there, then the values, both in the layout's order."""
+        self._drop_copies(headers.holders.keys() | headers.index.keys())
+        self.case.artifact.files.update(headers.sizes)
+        for name in list(self._owed):
             file = headers.index.get(name)
-            if file is None or file not in headers.unread:
-                log.differs(check, tensor=name, file=file, expected=wanted, found="no such tensor")
-        elif holders[0].dtype not in dtypes or holders[0].shape != shape:
-            log.differs(check, tensor=name, file=holders[0].file, expected=wanted, found=holders[0].text())
-        elif len(holders) == 1 and holders[0].whole:
-            sound[name] = holders[0]
-    _check_extra(expected, specs, headers, log)
-    return sound
+            if name in headers.holders:
+                self._admit(name, headers.holders[name])
+            elif file in headers.unread:  # nobody knows what is in it, and that has been said
+                self.log.looked_at(_set_check(name))
+            else:
+                self._misses(name, file, "no such tensor")
+        for name, holders in headers.holders.items():
+            if name not in self.contract.tensors:
+                self._has_no_place(name, holders[0], self.contract.instead(name))
+        self._check_attention_scales()
+        if self.case.source is not None:
+            compare_folders(self.case)
+        self._judge_values(list(self.case.sound), progress)
+
+    def shard(self, file: str, header: bytes, check_stop: Callable[[], None]) -> None:
+        """Judge one shard, of which nothing is needed afterwards.
+
+        Args:
+            header: what the file must begin with.
+            check_stop: called between two pieces of work; what it raises ends the judging.
+
+        Raises:
+            OSError: no such file.
+            SourceError: reading fails.
+        """
+        case = self.case
+        with (case.artifact.root / file).open("rb") as stream:
+            if stream.read(len(header)) != header:
+                self.log.differs("headers", file=file, expected="the planned header", found="another one")
+        self.shards += 1
+        read = read_header(case.artifact.root, file, self.log)
+        if read is None:
+            return
+        case.artifact.files[file], entries = read
+        for name, entry in entries.items():
+            self.tensors, self.nbytes = self.tensors + 1, self.nbytes + entry.nbytes
+            self.mtp_tensors += name.startswith("mtp.")
+            if name in self._owed:
+                self._admit(name, [entry])
+            else:
+                self._has_no_place(name, entry, "no such tensor, or only once")
+        sound = [name for name in entries if name in case.sound and case.sound[name].file == file]
+        self._split -= {spec.module for spec, _ in self.contract.whole_linears(sound)}
+        with self._own_stream():
+            self._judge_values(sound, lambda *_: check_stop())
+
+    def finish(self) -> None:
+        """No shard comes any more: say which tensors none had. Head copies are there all together or not at all."""
+        self._drop_copies(self.contract.tensors.keys() - self._owed.keys())
+        for name in list(self._owed):
+            self._misses(name, None, "no such tensor in any shard")
+        self._check_attention_scales()
+        if not self.log.differences:
+            for module in sorted(self._split):
+                expected, found = "all tensors of a linear in one shard", "parts of it in several, not judged"
+                self.log.differs("tensors", tensor=module, expected=expected, found=found)
+
+    # ------------------------------------------------------------------------------------ which tensors
+
+    def _drop_copies(self, there: Set[str]) -> None:
+        """Copies of the shared head are there all together or not at all."""
+        if not self.contract.copies.keys() & there:
+            for copy in self.contract.copies:
+                self._owed.pop(copy, None)
+
+    def _admit(self, name: str, holders: Sequence[Header]) -> None:
+        """A tensor that must be there and is: its dtype and shape must be exact."""
+        check = _set_check(name)
+        self.log.looked_at(check)
+        del self._owed[name]
+        first, (dtypes, shape) = holders[0], self.contract.tensors[name]
+        if first.dtype not in dtypes or first.shape != shape:
+            expected = self.contract.text(name)
+            self.log.differs(check, tensor=name, file=first.file, expected=expected, found=first.text())
+        elif len(holders) == 1 and first.whole:
+            self.case.sound[name] = first
+            entry = TensorEntry(name, first.file, first.dtype, first.shape, first.start, first.nbytes)
+            self.case.artifact.tensors[name] = entry
+
+    def _misses(self, name: str, file: str | None, found: str) -> None:
+        self.log.looked_at(_set_check(name))
+        del self._owed[name]
+        self._split.discard(name.rpartition(".")[0])
+        self.log.differs(_set_check(name), tensor=name, file=file, expected=self.contract.text(name), found=found)
+
+    def _has_no_place(self, name: str, header: Header, expected: str) -> None:
+        self.log.differs(_set_check(name), tensor=name, file=header.file, expected=expected, found=header.text())
+
+    def _check_attention_scales(self) -> None:
+        """BF16 or F32, but the same everywhere."""
+        names = [f"{module}.weight_scale" for module, how in self.contract.schemes.items() if how.format == FP8]
+        there = {name: self.case.sound[name] for name in names if name in self.case.sound}
+        dtypes = Counter(header.dtype for header in there.values())
+        usual = dtypes.most_common(1)[0][0] if dtypes else None
+        for name, header in there.items():
+            if header.dtype != usual:
+                expected = f"{usual}, as the other attention scales"
+                self.log.differs("tensors", tensor=name, file=header.file, expected=expected, found=header.dtype)
+
+    # ------------------------------------------------------------------------------------ values
+
+    def _judge_values(self, names: Sequence[str], progress: Progress | None) -> None:
+        """Look at the values of sound tensors, which lie on disk now."""
+        if self.case.device is None:
+            return
+        from dsv4q.verify.values import ValueChecks  # imports torch, and headers are judged without it
+
+        if self._values is None:
+            self._values = ValueChecks(self.case, quick=self.quick)
+        total, done = sum(self.case.sound[name].nbytes for name in names), 0
+        checks = self._values.of(names)
+        with self.case.artifact, loaded_ahead(checks, lambda one: one.load(), lambda one: one.memory) as loaded:
+            for check, _ in loaded:
+                check.judge()
+                done += check.size
+                if progress is not None:
+                    progress(check.label, done, total)
+        if progress is not None and done < total:  # linears that are not whole are not judged
+            progress("done", total, total)
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        """On a GPU, or the judge's work would wait for the run's, and the run's for it."""
+        if self.case.device is None or self.case.device.type != "cuda":
+            return nullcontext()
+        import torch
+
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.case.device)
+        return torch.cuda.stream(self._stream)
 
 
-def _check_extra(expected: Expected, specs: Sequence[TensorSpec], headers: Headers, log: Log) -> None:
-    extra = [name for name in headers.holders if name not in expected]
-    if not extra:
-        return
-    transformers = {spec.hf_name: spec.name for spec in specs if spec.hf_name != spec.name}
-    modules = {spec.hf_name.rpartition(".")[0]: spec.module for spec in specs if spec.hf_name != spec.name}
-    draft = any(spec.is_mtp for spec in specs)
-    for name in extra:
-        check = "mtp" if name.startswith("mtp.") else "tensors"
-        header = headers.holders[name][0]
-        wanted = _instead(name, transformers, modules, draft)
-        log.differs(check, tensor=name, file=header.file, expected=wanted, found=header.text())
-
-
-def _instead(name: str, transformers: Mapping[str, str], modules: Mapping[str, str], draft: bool) -> str:
-    """What should be there instead of a tensor that should not."""
-    module, _, suffix = name.rpartition(".")
-    if name in transformers:
-        return f"{transformers[name]}: this is transformers' name of it"
-    if module in modules:
-        return f"{modules[module]}.{suffix}: this is transformers' name of it"
-    if name.startswith("mtp.") and not draft:
-        return "no mtp.* tensor: num_nextn_predict_layers is 0"
-    if re.fullmatch(r"mtp\.\d+\.embed\.weight", name):
-        return f"no such name (it breaks the consumer's loader); the copy is {name.replace('embed', 'emb.tok_emb')}"
-    if name.endswith((".weight_scale_inv", ".scale")):
-        return f"no such name; a scale is called {module}.weight_scale"
-    return "no such tensor"
-
-
-def _check_attention_scales(sound: Mapping[str, Header], schemes: Mapping[str, Scheme], log: Log) -> None:
-    """BF16 or F32, but the same everywhere."""
-    names = [f"{module}.weight_scale" for module, scheme in schemes.items() if scheme.format == FP8]
-    dtypes = Counter(sound[name].dtype for name in names if name in sound)
-    if len(dtypes) < 2:
-        return
-    usual = dtypes.most_common(1)[0][0]
-    for name in names:
-        if name in sound and sound[name].dtype != usual:
-            expected = f"{usual}, as the other attention scales"
-            log.differs("tensors", tensor=name, file=sound[name].file, expected=expected, found=sound[name].dtype)
+def _set_check(name: str) -> str:
+    return "mtp" if name.startswith("mtp.") else "tensors"

@@ -1,7 +1,7 @@
-"""Schemes that `config.py` has no closed form for, as compressed-tensors itself has them.
+"""Schemes that `schemes.py` has no closed form for, as compressed-tensors itself has them.
 
 What a linear stores is asked of it: a meta linear is initialized for the scheme and compressed. A weight is encoded and
-decoded by its compressor. Importing it costs seconds, so this module is imported only when an artifact needs it.
+decoded by its compressor. Importing it costs seconds, so that is left until an artifact needs it.
 
 Source: compressed-tensors 0.19 `quantization/lifecycle/initialize.py`, `compressors/*/base.py`.
 """
@@ -9,38 +9,37 @@ Source: compressed-tensors 0.19 `quantization/lifecycle/initialize.py`, `compres
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationScheme, initialize_module_for_quantization
-from compressed_tensors.utils import get_direct_state_dict
-from loguru import logger
-from torch import Tensor
-
+from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import Shape
-from dsv4q.verify.bounds import E4M3, Grid, integer_grid
-from dsv4q.verify.config import INT, Scheme, Stored
+from dsv4q.verify.schemes import (
+    E4M3,
+    INT,
+    Fault,
+    Refused,
+    Stored,
+    StoredScheme,
+    ValueGrid,
+    another_shape,
+    integer_grid,
+    none_may,
+)
 
-_DTYPES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_E8M0_NAN = 0xFF
 _REFUSALS = (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AssertionError, IndexError)
 """What compressed-tensors raises of a scheme or shape that it cannot do; pydantic's ValidationError is a ValueError."""
 _FAILURES = (ValueError, KeyError, NotImplementedError, TypeError, AssertionError, IndexError)
 """The same of values; a RuntimeError may be want of memory."""
 
 
-class Refused(Exception):
-    """Compressed-tensors cannot express or store this; the reason is its own, in one line."""
-
-
 @dataclass(frozen=True)
-class LibraryScheme(Scheme):
+class LibraryScheme(StoredScheme):
     """A scheme that compressed-tensors encodes and decodes."""
 
     library: Any
@@ -48,17 +47,35 @@ class LibraryScheme(Scheme):
     known: dict[Shape, Stored] = field(default_factory=dict, compare=False)
 
     @property
-    def is_general(self) -> bool:
-        return True
-
-    @property
     def weights(self) -> Any:
         """Its `QuantizationArgs` of the weight."""
         return self.library.weights
 
     @property
+    def input_arguments(self) -> Any:
+        return self.library.input_activations
+
+    @property
     def _compressor(self) -> Any:
+        from compressed_tensors.compressors import BaseCompressor
+
         return BaseCompressor.get_value_from_registry(self.format)
+
+    @property
+    def grid(self) -> ValueGrid | None:
+        weights = self.weights
+        if not weights.symmetric or weights.strategy not in ("tensor", "channel", "group"):
+            return None
+        if self.format.startswith("mx") or (weights.type == "float" and weights.num_bits != 8):
+            return None
+        return E4M3 if weights.type == "float" else integer_grid(weights.num_bits)
+
+    def misfit(self, shape: Shape) -> str | None:
+        try:
+            self.stored(shape)
+        except Refused as error:
+            return str(error)
+        return None
 
     def stored(self, shape: Shape) -> Stored:
         """What compressed-tensors stores of a BF16 linear [out, in].
@@ -66,6 +83,8 @@ class LibraryScheme(Scheme):
         Raises:
             Refused: nothing; the shape does not fit, or no compressor has this scheme.
         """
+        from loguru import logger
+
         if shape not in self.known:
             logger.disable("compressed_tensors")  # it warns of ragged blocks, which are as they must be or told
             try:
@@ -77,12 +96,18 @@ class LibraryScheme(Scheme):
         return self.known[shape]
 
     def _ask(self, shape: Shape) -> Stored:
+        import torch
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+        from compressed_tensors.quantization import initialize_module_for_quantization
+        from compressed_tensors.utils import get_direct_state_dict
+
         self._check_unseen(shape)
+        names = {theirs: ours for ours, theirs in torch_dtypes().items()}
         linear = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=torch.bfloat16)
         initialize_module_for_quantization(linear, self.library)
         state = get_direct_state_dict(linear)
         found = self._compressor.compress(state, self.library)
-        stored: Stored = {k: ((_DTYPES[v.dtype],), tuple(v.shape)) for k, v in found.items() if v is not None}
+        stored: Stored = {k: ((names[v.dtype],), tuple(v.shape)) for k, v in found.items() if v is not None}
         if self.format == INT and not self.weights.symmetric and self.weights.strategy in ("group", "channel"):
             # The compressor packs these along the rows, but not where tensors are on meta.
             zero_point = torch.zeros(state["weight_zero_point"].shape, dtype=torch.int8)
@@ -99,30 +124,27 @@ class LibraryScheme(Scheme):
             raise ValueError(f"integers of {self.weights.num_bits} bits are not packed; 8 at most")
 
     def decode(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Everything as its compressor takes it: `weight` F32 [out, in], scales and zero points unpacked.
+        """Everything as the compressor takes it: `weight` F32 [out, in], scales and zero points unpacked.
 
         Scales are raised to F32 first, so that the weight is not rounded to BF16 on the way.
-
-        Raises:
-            Refused: the compressor cannot.
         """
         state = dict(stored)
         if state["weight_scale"].is_floating_point():
-            state["weight_scale"] = state["weight_scale"].to(torch.float32)
+            state["weight_scale"] = state["weight_scale"].float()
         try:
             decoded: dict[str, Tensor] = self._compressor.decompress(state, self.library)
         except _FAILURES as error:
             raise Refused(_line(error)) from error
-        return decoded | {"weight": decoded["weight"].to(torch.float32)}
+        return decoded | {"weight": decoded["weight"].float()}
 
     def encode(self, weight: Tensor, decoded: Mapping[str, Tensor], *, keep_negative_zero: bool) -> dict[str, Tensor]:
-        """What the compressor stores of `weight` [out, in] with the scales and zero points of `decoded`.
+        """Weight, scales and zero points.
 
-        While a model is calibrated it adds a zero point of 0 even to symmetric weights, which turns -0 into +0.
-
-        Raises:
-            Refused: the compressor cannot.
+        While a model is calibrated the compressor adds a zero point of 0 even to symmetric weights, which turns -0
+        into +0.
         """
+        import torch
+
         state = {**decoded, "weight": weight}
         if decoded["weight_scale"].dtype == torch.float32:
             # Back to what is stored: the quotient is rounded to the promoted dtype.
@@ -135,15 +157,34 @@ class LibraryScheme(Scheme):
             raise Refused(_line(error)) from error
         return encoded
 
-    @property
-    def grid(self) -> Grid | None:
-        """The grid of values that the bounds of `bounds.py` are derived for; None: of another kind."""
-        weights = self.weights
-        if not weights.symmetric or weights.strategy not in ("tensor", "channel", "group"):
-            return None
-        if self.format.startswith("mx") or (weights.type == "float" and weights.num_bits != 8):
-            return None
-        return E4M3 if weights.type == "float" else integer_grid(weights.num_bits)
+    def numbers(self, scale: Tensor) -> Tensor:
+        """E8M0 has no sign, no zero and no infinity."""
+        import torch
+
+        number = scale.float()
+        if scale.dtype != torch.uint8:
+            return number
+        return torch.exp2(number - 127).masked_fill(scale == _E8M0_NAN, float("nan"))
+
+    def value_tensors(self, stored: Mapping[str, Tensor]) -> tuple[str, ...]:
+        return tuple(suffix for suffix in stored if not suffix.endswith("scale"))
+
+    def undecodable(self, stored: Mapping[str, Tensor], shape: Shape) -> Iterator[Fault]:
+        if self.format == INT:
+            yield from another_shape(stored, shape)
+
+    def impossible(self, stored: Mapping[str, Tensor], shape: Shape) -> Iterator[Fault]:
+        import torch
+
+        narrow = self.weights.type == "int" and self.weights.num_bits < 8
+        half = 1 << (self.weights.num_bits - 1)
+        for suffix in self.value_tensors(stored):
+            tensor = stored[suffix]
+            if tensor.is_floating_point():
+                yield from none_may(suffix, tensor.float().isnan(), "values without NaN", "NaN")
+            if tensor.dtype == torch.int8 and narrow:
+                outside = (tensor < -half) | (tensor >= half)
+                yield from none_may(suffix, outside, f"integers of {self.weights.num_bits} bits", "out of range")
 
 
 def library_scheme(name: str, kind: str, group: Mapping[str, Any]) -> LibraryScheme:
@@ -152,6 +193,8 @@ def library_scheme(name: str, kind: str, group: Mapping[str, Any]) -> LibrarySch
     Raises:
         Refused: it does not.
     """
+    from compressed_tensors.quantization import QuantizationScheme
+
     fields = {key: group.get(key) for key in ("targets", "weights", "input_activations")}
     try:
         with warnings.catch_warnings():

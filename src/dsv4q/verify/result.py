@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from dsv4q.formats.error import Errors, sqnr_db
 
 
 @dataclass(frozen=True)
@@ -28,74 +29,26 @@ class Difference:
         return f"[{self.check}] {place}: expected {self.expected}; found {self.found}"
 
 
-@dataclass(frozen=True)
-class TensorError:
-    """Weight error of one tensor against the source."""
-
-    signal: float
-    """Sum of the squares of the source's values."""
-    noise: float
-    """Sum of the squares of the errors."""
-    max_abs: float
-    exact: bool
-    """Every value decodes to the source's bit for bit, -0 included."""
-    power_of_two: bool
-    """Every scale is a power of two (the consumer keeps such FP8 scales as they are)."""
-
-    @property
-    def relative(self) -> float:
-        """Frobenius norms, |w - dq| / |w|."""
-        return math.sqrt(self.noise / self.signal) if self.signal else (math.inf if self.noise else 0.0)
-
-    @property
-    def sqnr_db(self) -> float:
-        """Signal to noise; infinite without noise."""
-        if not self.noise:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
-
-
 @dataclass
-class ErrorStats:
-    """Weight error of one class of tensors against the source."""
+class ClassErrors(Errors):
+    """Weight error of one class of linears against the source."""
 
-    tensors: int = 0
-    exact: int = 0
-    max_abs_error: float = 0.0
     power_of_two_scales: int = 0
-    """Tensors all of whose scales are powers of two."""
-    max_relative_error: float = 0.0
-    worst: str | None = None
-    """The tensor that has it."""
-    total_relative_error: float = 0.0
-    min_sqnr_db: float = math.inf
-
-    def add(self, tensor: str, error: TensorError) -> None:
-        """Count one tensor."""
-        self.tensors += 1
-        self.exact += error.exact
-        self.max_abs_error = max(self.max_abs_error, error.max_abs)
-        self.power_of_two_scales += error.power_of_two
-        if self.worst is None or error.relative > self.max_relative_error:
-            self.max_relative_error, self.worst = error.relative, tensor
-        self.total_relative_error += error.relative
-        self.min_sqnr_db = min(self.min_sqnr_db, error.sqnr_db)
-
-    @property
-    def mean_relative_error(self) -> float:
-        return self.total_relative_error / self.tensors if self.tensors else 0.0
+    """Linears all of whose scales are powers of two: the consumer keeps such FP8 scales as they are."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`; a signal-to-noise ratio without noise is null."""
+        """For `--json`; a ratio without noise is null, and of equally bad linears the first is the worst."""
+        errors = [error.relative for error in self.each.values()]
+        ratios = [ratio for ratio in map(sqnr_db, errors) if ratio is not None]
         return {
             "tensors": self.tensors,
             "exact": self.exact,
             "max_abs_error": self.max_abs_error,
             "power_of_two_scales": self.power_of_two_scales,
-            "max_relative_error": self.max_relative_error,
-            "worst": self.worst,
-            "mean_relative_error": self.mean_relative_error,
-            "min_sqnr_db": self.min_sqnr_db if math.isfinite(self.min_sqnr_db) else None,
+            "max_relative_error": max(errors, default=0.0),
+            "worst": max(self.each, key=lambda name: self.each[name].relative, default=None),
+            "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
+            "min_sqnr_db": min(ratios, default=None),
         }
 
 
@@ -115,7 +68,7 @@ class VerifyResult:
     """Items examined by each check; a check that did not run is absent."""
     differences: tuple[Difference, ...]
     errors: dict[str, dict[str, Any]]
-    """Weight error by tensor class (`ErrorStats.as_dict`); empty without a source."""
+    """Weight error by tensor class (`ClassErrors.as_dict`); empty without a source."""
     seconds: float
 
     @property

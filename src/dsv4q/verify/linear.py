@@ -1,0 +1,210 @@
+"""Quantized linears of an artifact: scales, packed values, and the source encoded again.
+
+What a scheme's own values can be, decode to and encode from is asked of the scheme. The bounds on scales hold for the
+grids that `bounds.py` knows. Of every other format it is demanded that the error is not larger than the weight itself:
+a grid that has zero, rounded to nearest, cannot be farther off, and another expert's weight is so by a factor of
+sqrt(2). What passes nevertheless is a scale wrong by a small factor, encoded anew.
+
+Memory: one linear at a time is judged, with its source as F32 and some temporaries of that size; the next are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from dsv4q.formats.compare import tensor_error
+from dsv4q.formats.error import TensorError
+from dsv4q.layout import TensorSpec
+from dsv4q.verify.bounds import Blocks, dishonest_scales, far_elements, powers_of_two
+from dsv4q.verify.case import Case
+from dsv4q.verify.schemes import Refused, StoredScheme, ValueGrid, place
+
+_MOST = 1.0
+"""Largest relative error, in Frobenius norms, where no sharper bound is derived."""
+
+
+class SharedScales:
+    """Scales that w1 and w3 of an expert have in common: the consumer fuses the two and uses one scale for both."""
+
+    def __init__(self, case: Case, pairs: Mapping[str, str], kept: Mapping[str, Tensor]) -> None:
+        """`pairs`: a scale of w1 -> the same of w3; `kept`: those of them that were read before, from other shards."""
+        self.case, self.pairs, self.kept = case, pairs, kept
+        self.label = "experts' scales"
+        self.size, self.memory = 0, 0
+        self.values: dict[str, Tensor] = {}
+
+    def load(self) -> None:
+        """Both from the disk, F32 [1] on the host."""
+        for name in (name for pair in self.pairs.items() for name in pair):
+            self.values[name] = self.kept[name] if name in self.kept else self.case.artifact.tensor(name)
+
+    def judge(self) -> None:
+        """Every bit must be equal."""
+        for one, other in self.pairs.items():
+            self.case.log.looked_at("pairs")
+            mine, theirs = self.values[one], self.values[other]
+            if not torch.equal(mine.view(torch.int32), theirs.view(torch.int32)):
+                self.case.differs("pairs", other, f"{mine.item()!r}, as {one}", repr(theirs.item()))
+
+
+class Linear:
+    """One quantized linear, all of whose tensors are sound by their headers.
+
+    Args:
+        shared: what it has in common with its partner.
+    """
+
+    def __init__(self, case: Case, spec: TensorSpec, scheme: StoredScheme, shared: SharedScales) -> None:
+        self.case, self.spec, self.scheme, self.shared = case, spec, scheme, shared
+        self.names = {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
+        self.label = spec.block
+        self.size = sum(case.sound[name].nbytes for name in self.names.values())
+        self.memory = self.size + (0 if case.source is None else spec.nbytes)
+        self.stored: dict[str, Tensor] = {}
+        self.weight: Tensor | None = None
+
+    def load(self) -> None:
+        """Everything from the disk to the device."""
+        case = self.case
+        self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
+        self.shared.load()
+        if case.source is not None and case.source_fault(self.spec) is None and not case.is_lost(self.spec.name):
+            self.weight = case.source.tensor(self.spec.name).to(case.device)
+
+    def judge(self) -> None:
+        case, usable = self.case, self._scales()
+        for fault in self.scheme.undecodable(self.stored, self.spec.shape):
+            self._told_of_values(*fault)
+            usable = False
+        if case.deep:
+            case.log.looked_at("values", len(self.scheme.value_tensors(self.stored)))
+            for fault in self.scheme.impossible(self.stored, self.spec.shape):
+                self._told_of_values(*fault)
+        self.shared.judge()
+        if case.source is None or not usable or case.is_lost(self.spec.name):
+            return
+        why_not = case.source_fault(self.spec)
+        if why_not is not None:
+            wanted = f"{self.spec.dtype} {list(self.spec.shape)} in the source"
+            case.differs("source", self.spec.name, wanted, why_not)
+        elif self.weight is not None and not bool(self.weight.isfinite().all()):
+            where = f"not at {place(~self.weight.isfinite())}"
+            case.differs("source", self.spec.name, "finite weights in the source", where)
+        elif self.weight is not None:
+            self._against_source(self.weight)
+
+    # ------------------------------------------------------------------------------------ by itself
+
+    def _scales(self) -> bool:
+        """Every scale finite and positive."""
+        fine = True
+        for suffix in (suffix for suffix in self.stored if suffix.endswith("scale")):
+            self.case.log.looked_at("scales")
+            scale = self.scheme.numbers(self.stored[suffix])
+            if bool((scale.isfinite() & (scale > 0)).all()):
+                continue
+            fine = False
+            kinds = {
+                "NaN": scale.isnan(), "infinite": scale.isinf(), "zero": scale == 0, "negative": scale < 0,
+            }  # fmt: skip
+            for kind, mask in kinds.items():
+                if bool(mask.any()):
+                    found = f"{int(mask.sum()):,} of {mask.numel():,} are {kind}, the first at {place(mask)}"
+                    self.case.differs("scales", self.names[suffix], "scales that are finite and positive", found)
+        return fine
+
+    def _told_of_values(self, suffix: str, expected: str, found: str) -> None:
+        self.case.differs("values", self.names[suffix], expected, found)
+
+    # ------------------------------------------------------------------------------------ against the source
+
+    def _against_source(self, weight: Tensor) -> None:
+        self.case.log.looked_at("encoding")
+        try:
+            self._decoded_and_encoded(weight)
+        except Refused as error:
+            expected = "tensors that compressed-tensors can decode and encode"
+            self.case.differs("encoding", self.names["weight_scale"], expected, str(error))
+
+    def _decoded_and_encoded(self, weight: Tensor) -> None:
+        decoded, full = self.scheme.decode(self.stored), weight.float()
+        unit = self.scheme.unit(decoded)
+        error = tensor_error(full, decoded["weight"])
+        errors = self.case.errors[self.spec.role]
+        errors.add(self.spec.module, error)
+        errors.power_of_two_scales += powers_of_two(unit)
+        if not self._reencodes(weight, decoded):
+            return
+        self.case.log.looked_at("error")
+        if self.scheme.grid is None:
+            self._not_worse_than_nothing(error)
+            return
+        weights = [self.scheme.blocks(one, len(unit)) for one in (full, decoded["weight"])]
+        blocks = Blocks(weights[0], weights[1], unit)
+        # encode divides in the promoted dtype; only BF16 by BF16 rounds the quotient to BF16.
+        bf16 = weight.dtype == self.stored["weight_scale"].dtype == torch.bfloat16
+        self._bounds(blocks, self.scheme.grid, bf16_quotient=bf16)
+
+    def _reencodes(self, weight: Tensor, decoded: Mapping[str, Tensor]) -> bool:
+        """All that these scales give is what is stored, with every -0 kept or with none."""
+        tries = []
+        for keep in (True, False):
+            encoded = self.scheme.encode(weight, decoded, keep_negative_zero=keep)
+            unequal = dict(self._unequal(encoded))
+            if not unequal:
+                return True
+            tries.append(unequal)
+        nearest = min(tries, key=lambda unequal: sum(int(mask.sum()) for mask, _, _ in unequal.values()))
+        for suffix, (mask, again, stored) in nearest.items():
+            first = place(mask)
+            found = (
+                f"{int(mask.sum()):,} of {mask.numel():,} bytes differ, the first at {first}: "
+                f"0x{int(stored[tuple(first)]):02x} instead of 0x{int(again[tuple(first)]):02x}"
+            )
+            expected = "the source's weight, encoded with the artifact's own scales"
+            self.case.differs("encoding", self.names[suffix], expected, found)
+        return False
+
+    def _unequal(self, encoded: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+        """Tensors that differ: where, the source's bytes, the artifact's bytes."""
+        for suffix, tensor in self.stored.items():
+            if suffix.startswith("weight") and suffix in encoded:
+                again, stored = (_bytes(one) for one in (encoded[suffix].to(tensor.device), tensor))
+                if not torch.equal(again, stored):
+                    yield suffix, (again != stored, again, stored)
+
+    def _bounds(self, blocks: Blocks, grid: ValueGrid, *, bf16_quotient: bool) -> None:
+        far = far_elements(blocks, grid, bf16_quotient=bf16_quotient)
+        if bool(far.any()):
+            found = f"{int(far.sum()):,} of {far.numel():,} values are farther off"
+            self.case.differs("error", self._values, "values within half a step of the source's", found)
+        wrong = dishonest_scales(blocks, grid, self.stored.get("weight_global_scale"))
+        if not bool(wrong.any()):
+            return
+        scale = self.stored["weight_scale"]
+        first = int(wrong.nonzero()[0])
+        where = list(divmod(first, scale.shape[-1])) if scale.ndim > 1 else [first]
+        ideal = float(blocks.weight[first].abs().amax()) / grid.range
+        found = (
+            f"{int(wrong.sum()):,} of {wrong.numel():,} scales, the first at {where}: one unit is worth "
+            f"{float(blocks.unit[first]):.6g}, the source needs {ideal:.6g}"
+        )
+        expected = "scales that the source's largest magnitudes explain"
+        self.case.differs("error", self.names["weight_scale"], expected, found)
+
+    def _not_worse_than_nothing(self, error: TensorError) -> None:
+        if error.relative > _MOST:
+            expected = f"a relative error of at most {_MOST:g}, that of a weight of zeros"
+            self.case.differs("error", self._values, expected, f"{error.relative:.4g}")
+
+    @property
+    def _values(self) -> str:
+        return self.names["weight_packed" if "weight_packed" in self.names else "weight"]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """U8 of the same rank; flat in between, because a last dimension of one may have any stride."""
+    return tensor.contiguous().flatten().view(torch.uint8).reshape(*tensor.shape[:-1], -1)
