@@ -1,17 +1,16 @@
-"""Whole shards on a thread of their own: held against the plan's header, judged, and deleted."""
+"""What becomes of a rehearsal's whole shards: judged behind the run as they come, and deleted."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.errors import DeviceError
 from dsv4q.verify.case import DEVICE_BYTES
@@ -21,12 +20,8 @@ TOGETHER = 2
 """Shards that are being judged or wait for it; a further one has to wait before the run goes on."""
 
 
-class _Stopped(Exception):
-    """The run has ended with an error, and what is judged still does not matter any more."""
-
-
 class Dropping:
-    """What becomes of whole shards.
+    """A thread that feeds the judge shard by shard.
 
     Args:
         keep: leave the files where they are.
@@ -41,24 +36,20 @@ class Dropping:
         self.peak = 0
         """Bytes of OUT on disk when a shard had become whole, at most."""
         self._out = out
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dsv4q-judge")
-        self._pending: deque[Future[None]] = deque()
-        self._stop = threading.Event()
+        self._behind = Behind(1, TOGETHER)
 
     def submit(self, shard: PlannedShard) -> None:
         """Hand over a shard; waits while `TOGETHER` others are not done."""
         begin = time.perf_counter()
         self.peak = max(self.peak, self._on_disk())
-        while len(self._pending) >= TOGETHER:
-            self._pending.popleft().result()
+        self._behind.put(partial(self._judge_and_drop, shard.file, shard.header))
         self.waited += time.perf_counter() - begin
-        self._pending.append(self._pool.submit(self._judge_and_drop, shard.file, shard.header))
 
     def _judge_and_drop(self, file: str, header: bytes) -> None:
         begin = time.perf_counter()
         path = self._out / file
         try:
-            self.judge.shard(file, header, self._check_stop)
+            self.judge.shard(file, header, self._behind.check)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 "The GPU ran out of memory while a shard was judged",
@@ -71,27 +62,19 @@ class Dropping:
             path.unlink()
         self.busy += time.perf_counter() - begin
 
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-
     def _on_disk(self) -> int:
         return sum(path.stat().st_blocks * 512 for path in self._out.rglob("*") if path.is_file())
 
     def wait(self, check_stop: Callable[[], None]) -> None:
         """Until everything that was handed over is judged; then what no shard had is told too."""
-        while self._pending:
-            check_stop()
-            if wait([self._pending[0]], timeout=0.2).done:
-                self._pending.popleft().result()
+        self._behind.drain(check_stop)
         self.judge.finish()
 
     def __enter__(self) -> Dropping:
+        self._behind.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._behind.__exit__(kind, error, trace)
