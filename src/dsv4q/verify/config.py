@@ -62,7 +62,7 @@ def judge_config(
     """Check quantization_config; returns the scheme of every main linear that it quantizes, by upstream module name."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
-        log.differs("config", file=CONFIG, expected="quantization_config: an object", found=type(quantization).__name__)
+        _wrong(log, "quantization_config: an object", type(quantization).__name__)
         return {}
     groups = _groups(quantization, log)
     ignore = Patterns(_strings(quantization.get("ignore"), "ignore", log), "ignore", log)
@@ -73,18 +73,20 @@ def judge_config(
 # ------------------------------------------------------------------------------------------------ fields
 
 
+def _wrong(log: Log, expected: str, found: object) -> None:
+    log.differs("config", file=CONFIG, expected=expected, found=found)
+
+
 def _strings(value: object, where: str, log: Log) -> list[str]:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
-    log.differs("config", file=CONFIG, expected=f"{where}: a list of strings", found=repr(value)[:80])
+    _wrong(log, f"{where}: a list of strings", repr(value)[:80])
     return []
 
 
 def _unknown(value: Mapping[str, Any], known: frozenset[str], where: str, log: Log) -> None:
     for key in sorted(set(value) - known):
-        log.differs(
-            "config", file=CONFIG, expected=f"only fields that compressed-tensors 0.17 knows in {where}", found=key
-        )
+        _wrong(log, f"only fields that compressed-tensors 0.17 knows in {where}", key)
 
 
 def _must_be(value: Mapping[str, Any], key: str, expected: object, where: str, log: Log) -> None:
@@ -92,7 +94,7 @@ def _must_be(value: Mapping[str, Any], key: str, expected: object, where: str, l
     log.looked_at("config")
     # 1 == True in Python, and a JSON true where a number belongs is wrong.
     if found != expected or type(found) is not type(expected):
-        log.differs("config", file=CONFIG, expected=f"{where}{key}: {expected!r}", found=repr(found))
+        _wrong(log, f"{where}{key}: {expected!r}", repr(found))
 
 
 def _check_top(quantization: Mapping[str, Any], groups: Sequence[TargetGroup], log: Log) -> None:
@@ -104,24 +106,22 @@ def _check_top(quantization: Mapping[str, Any], groups: Sequence[TargetGroup], l
     if formats and all(group.scheme for group in groups):
         _must_be(quantization, "format", "mixed-precision" if len(formats) > 1 else formats.pop(), where, log)
     if not isinstance(quantization.get("version"), str):
-        log.differs(
-            "config", file=CONFIG, expected=f"{where}version: a string", found=repr(quantization.get("version"))
-        )
+        _wrong(log, f"{where}version: a string", repr(quantization.get("version")))
     for key in ("kv_cache_scheme", "global_compression_ratio", "sparsity_config", "transform_config"):
         if quantization.get(key):
-            log.differs("config", file=CONFIG, expected=f"{where}{key}: null", found=repr(quantization[key])[:80])
+            _wrong(log, f"{where}{key}: null", repr(quantization[key])[:80])
 
 
 def _groups(quantization: Mapping[str, Any], log: Log) -> list[TargetGroup]:
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        log.differs("config", file=CONFIG, expected="config_groups: an object with groups", found=repr(groups)[:80])
+        _wrong(log, "config_groups: an object with groups", repr(groups)[:80])
         return []
     made = []
     for name, group in groups.items():
         where = f"config_groups.{name}"
         if not isinstance(group, dict):
-            log.differs("config", file=CONFIG, expected=f"{where}: an object", found=type(group).__name__)
+            _wrong(log, f"{where}: an object", type(group).__name__)
             continue
         _unknown(group, GROUP_FIELDS, where, log)
         targets = Patterns(_strings(group.get("targets"), f"{where}.targets", log), f"{where}.targets", log)
@@ -133,13 +133,13 @@ def _scheme(name: str, group: Mapping[str, Any], where: str, log: Log) -> Stored
     kind = group.get("format")
     if kind not in (*_WEIGHTS, *_GENERAL):
         formats = ", ".join((*_WEIGHTS, *_GENERAL))
-        log.differs("config", file=CONFIG, expected=f"{where}.format: one of {formats}", found=repr(kind))
+        _wrong(log, f"{where}.format: one of {formats}", repr(kind))
         return None
     weights = _arguments(group.get("weights"), f"{where}.weights", log)
     if weights is None:
         return None
     if group.get("output_activations") is not None:
-        log.differs("config", file=CONFIG, expected=f"{where}.output_activations: null", found="something else")
+        _wrong(log, f"{where}.output_activations: null", "something else")
     if not _is_closed(kind, weights, group.get("input_activations")):
         return _general_scheme(name, str(kind), group, weights, where, log)
     _check_arguments(weights, _WEIGHTS[kind], kind, f"{where}.weights.", log)
@@ -187,15 +187,13 @@ def _general_scheme(
         return library_scheme(name, kind, group)
     except Refused as error:
         expected = f"{where}: a scheme that compressed-tensors knows"
-        log.differs("config", file=CONFIG, expected=expected, found=error)
+        _wrong(log, expected, error)
     return None
 
 
 def _arguments(value: object, where: str, log: Log) -> dict[str, Any] | None:
     if not isinstance(value, dict):
-        log.differs(
-            "config", file=CONFIG, expected=f"{where}: an object", found="null" if value is None else repr(value)
-        )
+        _wrong(log, f"{where}: an object", "null" if value is None else repr(value))
         return None
     _unknown(value, ARGS_FIELDS, where, log)
     return _ARGS_DEFAULTS | value
@@ -214,12 +212,10 @@ def _check_arguments(
         _must_be(arguments, key, value, where, log)
     observer = arguments.get("observer")
     if observer is not None and observer not in STOCK_OBSERVERS:
-        log.differs("config", file=CONFIG, expected=f"{where}observer: null or a stock one", found=repr(observer))
+        _wrong(log, f"{where}observer: null or a stock one", repr(observer))
     if not isinstance(arguments.get("observer_kwargs", {}), dict):
-        log.differs("config", file=CONFIG, expected=f"{where}observer_kwargs: an object", found="something else")
+        _wrong(log, f"{where}observer_kwargs: an object", "something else")
     allowed = _SCALE_DTYPES.get(kind, frozenset({None}))
     if not any_scale_dtype and arguments.get("scale_dtype") not in allowed:
         found = repr(arguments["scale_dtype"])
-        log.differs(
-            "config", file=CONFIG, expected=f"{where}scale_dtype: one of {sorted(map(str, allowed))}", found=found
-        )
+        _wrong(log, f"{where}scale_dtype: one of {sorted(map(str, allowed))}", found)
