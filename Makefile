@@ -1,5 +1,6 @@
 # make demo   set up .venv, then quantize a tiny trained model on the CPU, verify the result and evaluate it
 # make test   set up .venv, then run the tests
+# make test-fast  set up .venv, then run those tests that start no process and no whole run
 # make lint   set up .venv, then ruff (lint and format) and mypy
 # make clean  remove .venv and everything built
 #
@@ -16,7 +17,7 @@ STAMP := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 DEMO := build/demo
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-fast lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +44,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
