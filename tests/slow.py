@@ -18,6 +18,9 @@ WHOLE_RUNS = {
 }  # fmt: skip
 """Functions that go through all blocks of a model."""
 
+FIXTURES = {"unfinished", "kept"}
+"""Fixtures that come to a whole run through the command line, where the code does not show it."""
+
 HERE = Path(__file__).parent
 
 
@@ -26,7 +29,9 @@ def is_slow(item: pytest.Item) -> bool:
     if not isinstance(item, pytest.Function):
         return False
     fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
-    return any(starts_much(function) for function in (item.function, *fixtures))
+    return bool(FIXTURES & set(item.fixturenames)) or any(
+        starts_much(function) for function in (item.function, *fixtures)
+    )
 
 
 @cache
@@ -53,6 +58,8 @@ def _used(thing: object) -> Iterator[object]:
     for code in _codes(thing.__code__):
         found = [thing.__globals__[name] for name in code.co_names if name in thing.__globals__]
         yield from found
+        if "subprocess" in code.co_names:
+            yield subprocess
         for module in found:
             if isinstance(module, ModuleType):
                 yield from (getattr(module, name) for name in code.co_names if hasattr(module, name))
