@@ -1,5 +1,6 @@
 # make demo   set up .venv, then quantize a tiny trained model on the CPU, verify the result and evaluate it
-# make test   set up .venv, then run the tests
+# make test   set up .venv, then run all tests, the slow ones beside the others
+# make test-fast   set up .venv, then run only those that start no process and no whole run
 # make lint   set up .venv, then ruff (lint and format) and mypy
 # make clean  remove .venv and everything built
 #
@@ -16,7 +17,7 @@ STAMP := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 DEMO := build/demo
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-fast lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,8 +42,15 @@ demo: $(STAMP)
 	$(BIN)/dsv4q eval $(DEMO)/artifact --reference $(MODEL) --samples 16 --device cpu --save
 	$(BIN)/dsv4q report $(DEMO)/artifact
 
+# Two processes for two cores. The fast set ends first; what it said comes last.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	@mkdir -p build
+	@$(BIN)/python -m pytest -m "not slow" >build/test-fast.txt 2>&1 & fast=$$!; \
+	$(BIN)/python -m pytest -m slow; slow=$$?; \
+	wait $$fast; code=$$?; cat build/test-fast.txt; exit $$((slow | code))
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

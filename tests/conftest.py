@@ -1,4 +1,4 @@
-"""Settings of every test process. They come before the first import of torch and the Hugging Face libraries."""
+"""Settings of every test process, before the first import of torch and the Hugging Face libraries; the slow tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import atexit
 import os
 import shutil
 import tempfile
+
+import pytest
+
+from slow import is_slow
 
 # The user's caches and tokens stay out of the tests, and what the tests cache goes with them.
 _HOME = tempfile.mkdtemp(prefix="dsv4q-tests-")
@@ -22,3 +26,10 @@ os.environ |= {
 }
 for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE"):
     os.environ.pop(_name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests, so that `-m "not slow"` is the fast set."""
+    for item in items:
+        if is_slow(item):
+            item.add_marker(pytest.mark.slow)

@@ -317,6 +317,7 @@ def test_keeping_the_mtp_block_of_a_source_without_one_is_refused(source: Path, 
     assert_refused(source, out, ("keeps the MTP block but the source has none", "mtp.keep"))
 
 
+@pytest.mark.slow
 def test_an_artifact_as_a_source_is_refused(source: Path, tmp_path: Path, out: Path) -> None:
     assert quantize(source, tmp_path / "artifact") == (0, "")
     shutil.copy(source / "chat_samples.jsonl", tmp_path / "artifact")
@@ -326,6 +327,7 @@ def test_an_artifact_as_a_source_is_refused(source: Path, tmp_path: Path, out: P
 # ------------------------------------------------------------------------------------------------ values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -353,6 +355,7 @@ def test_nan_and_inf_in_a_weight_are_named_and_the_repaired_source_goes_on(
     assert len(again) == 8 and done == {"e": 0, "l": int(name[7]) + 1 if name[0] == "l" else 0, "m": 7}[name[0]]
 
 
+@pytest.mark.slow
 def test_activations_that_become_infinite_are_named_by_layer(source: Path, out: Path) -> None:
     edit_tensors(source, lambda t: t["layers.1.ffn_norm.weight"].fill_(3e38))
     before = state(source)
@@ -361,6 +364,7 @@ def test_activations_that_become_infinite_are_named_by_layer(source: Path, out: 
     assert blocks_done(out) == 2
 
 
+@pytest.mark.slow
 def test_activations_that_become_infinite_behind_an_expert_are_named_by_layer(source: Path, out: Path) -> None:
     edit_tensors(source, lambda t: t["layers.2.ffn.experts.0.w2.weight"].fill_(3e38))
     check_refusal(*quantize(source, out), ("non-finite", "layers.2"))
@@ -446,6 +450,7 @@ def test_a_disk_that_is_too_small_is_refused(source: Path, out: Path, monkeypatc
     assert_refused(source, out, ("too little free disk", "found: 1,000,000 bytes", "expected: "))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_later(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +521,7 @@ def test_output_below_a_file_is_refused(source: Path, tmp_path: Path) -> None:
     assert_refused(source, tmp_path / "file" / "out", ("cannot be made", "file"))
 
 
+@pytest.mark.slow
 def test_a_finished_artifact_that_lost_a_shard_is_not_called_complete(source: Path, out: Path) -> None:
     assert quantize(source, out) == (0, "")
     (out / "model-00002-of-00004.safetensors").unlink()

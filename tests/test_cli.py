@@ -386,6 +386,7 @@ def test_ctrl_c_stops_a_run_with_a_hint_and_the_same_command_finishes_it(
     assert all((out / name).read_bytes() == (folder / "out" / name).read_bytes() for name in finished_files(out))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dsv4q.run.block import BlockWorker
 

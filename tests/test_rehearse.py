@@ -93,6 +93,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------ the run
 
 
+@pytest.mark.slow
 def test_counts_are_the_plans_and_every_shard_is_judged_and_dropped(source: Path, tmp_path: Path) -> None:
     arguments = ("-c", CONFIGS / "toy.yaml", "--source", source, "--device", "cpu", "--json")
     code, text = cli("rehearse", tmp_path / "out", *arguments)
@@ -161,6 +162,7 @@ def test_a_spoiled_byte_is_found(
     assert {d["tensor"].startswith(module) for d in differences} == {True}
 
 
+@pytest.mark.slow
 def test_a_difference_ends_with_exit_code_3(spoiled: dict[str, str], source: Path, tmp_path: Path) -> None:
     spoiled["head.weight"] = ""
     arguments = ("-c", CONFIGS / "toy.yaml", "--source", source, "--device", "cpu", "--layers", 1)
@@ -366,6 +368,7 @@ def test_a_shard_that_ends_early_is_found(source: Path, tmp_path: Path, monkeypa
     assert {d["check"] for d in run(tmp_path / "out", source)["differences"]} == {"headers"}
 
 
+@pytest.mark.slow
 def test_a_shard_that_goes_away_ends_the_run_by_name(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

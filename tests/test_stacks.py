@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +44,37 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@dataclass(frozen=True)
+class Stacked:
+    """A run by stacks, and the layouts that its blocks had."""
+
+    job: Job
+    layouts: list[stacks.StackLayout | None]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def stacked(request: pytest.FixtureRequest, job: Job, tmp_path_factory: pytest.TempPathFactory) -> Stacked:
+    real = stacks.StackLayout.of
+    out = tmp_path_factory.mktemp(request.param) / "out"
+    made = Stacked(replace(job, config=CASES[request.param](job.config), out=out), [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stacks.StackLayout, "of", lambda members: made.layouts.append(real(members)) or made.layouts[-1])
+        run(made.job)
+    return made
+
+
 def test_stacks_and_modules_write_the_same_bytes(
-    case: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stacked: Stacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CASES[case](job.config)
-    fast, slow = (replace(job, config=config, out=tmp_path / name) for name in ("fast", "slow"))
-    run(fast)
-    with monkeypatch.context() as patch:
-        patch.setattr(stacks.StackLayout, "of", lambda members: None)
-        run(slow)
+    fast, slow = stacked.job, replace(stacked.job, out=tmp_path / "slow")
+    monkeypatch.setattr(stacks.StackLayout, "of", lambda members: None)
+    run(slow)
     names = [name for name in finished_files(fast.out) if name != "report.json"]
     assert names and all((fast.out / n).read_bytes() == (slow.out / n).read_bytes() for n in names)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_shipped_schemes_are_known_to_the_stacks(
-    case: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, found = stacks.StackLayout.of, []
-    monkeypatch.setattr(stacks.StackLayout, "of", lambda members: found.append(real(members)) or found[-1])
-    run(replace(job, config=CASES[case](job.config), out=tmp_path / "out"))
-    assert found and all(layout is not None for layout in found)
+def test_the_shipped_schemes_are_known_to_the_stacks(stacked: Stacked) -> None:
+    assert stacked.layouts and all(layout is not None for layout in stacked.layouts)
 
 
 def random_memory(experts: int) -> ExpertMemory:
