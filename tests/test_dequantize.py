@@ -17,7 +17,7 @@ from artifact_maker import edit
 from dsv4q.checkpoint.files import INDEX
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.console import Console, Mode
-from dsv4q.dequantize import Job, dequantize
+from dsv4q.dequantize import Dequantization, dequantize
 from dsv4q.errors import ConfigError, Dsv4qError, OutputError, ResumeError, SourceError, WeightError
 from dsv4q.layout import source_tensors
 from dsv4q.made_up.native import grid_form, native_form
@@ -38,7 +38,7 @@ def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp(request.param)
     native = write_toy(root / "native", TINY, form=native_form(request.param)).out
     grid = write_toy(root / "grid", TINY, form=grid_form(request.param)).out
-    run(Job(native, root / "out"))
+    run(Dequantization(native, root / "out"))
     return native, grid, root / "out"
 
 
@@ -51,11 +51,11 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(native: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Digests of the files of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    run(Job(native, out))
+    run(Dequantization(native, out))
     return digests(out)
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Dequantization) -> dict[str, Any]:
     return dequantize(job, Console(Mode.QUIET))
 
 
@@ -71,7 +71,7 @@ def judged(out: Path, source: Path) -> VerifyResult:
     return verify(out, source=source, deep=True, progress=None)
 
 
-def refusal(job: Job) -> Dsv4qError:
+def refusal(job: Dequantization) -> Dsv4qError:
     with pytest.raises(Dsv4qError) as caught:
         run(job)
     return caught.value
@@ -116,7 +116,7 @@ def test_files_may_be_read_by_everybody_and_nothing_is_left_over(twins: tuple[Pa
 
 @pytest.mark.parametrize("shards", [1, 2, 7])
 def test_a_number_of_shards_can_be_asked_for(native: Path, tmp_path: Path, shards: int) -> None:
-    report = run(Job(native, tmp_path / "out", shards=shards))
+    report = run(Dequantization(native, tmp_path / "out", shards=shards))
     assert report["shards"] == [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
     assert judged(tmp_path / "out", native).ok
 
@@ -135,13 +135,13 @@ def split_off_scales(native: Path, to: Path) -> Path:
 
 
 def test_a_file_of_scales_alone_is_left_out_and_the_series_stays_whole(native: Path, tmp_path: Path) -> None:
-    report = run(Job(split_off_scales(native, tmp_path / "native"), tmp_path / "out"))
+    report = run(Dequantization(split_off_scales(native, tmp_path / "native"), tmp_path / "out"))
     assert report["shards"] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert judged(tmp_path / "out", native).ok
 
 
 def test_the_report_counts_what_was_read_and_written(native: Path, tmp_path: Path) -> None:
-    report = run(Job(native, tmp_path / "out"))
+    report = run(Dequantization(native, tmp_path / "out"))
     assert report["tensors"] == len(source_tensors(TINY.dims))
     assert report["bytes"] == sum(spec.nbytes for spec in source_tensors(TINY.dims))
     assert report["forms"]["MXFP4"] == 3 * 3 * TINY.n_routed_experts
@@ -154,7 +154,7 @@ def test_the_report_counts_what_was_read_and_written(native: Path, tmp_path: Pat
 @pytest.fixture(scope="module")
 def changes(native: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     """How often a run changes the disk."""
-    job = Job(native, tmp_path_factory.mktemp("count") / "out")
+    job = Dequantization(native, tmp_path_factory.mktemp("count") / "out")
     return changes_of(lambda: run(job))
 
 
@@ -162,7 +162,7 @@ def changes(native: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
 def test_a_run_killed_after_this_part_of_its_writes_is_finished_by_the_same_command(
     native: Path, whole: dict[str, str], changes: int, tmp_path: Path, part: float
 ) -> None:
-    job = Job(native, tmp_path / "out")
+    job = Dequantization(native, tmp_path / "out")
     assert killed(lambda: run(job), int(part * changes))
     run(job)
     assert digests(job.out) == whole
@@ -172,7 +172,7 @@ def test_a_run_killed_after_this_part_of_its_writes_is_finished_by_the_same_comm
 def test_a_run_killed_this_few_writes_before_its_end_is_finished_by_the_same_command(
     native: Path, whole: dict[str, str], changes: int, tmp_path: Path, left: int
 ) -> None:
-    job = Job(native, tmp_path / "out")
+    job = Dequantization(native, tmp_path / "out")
     assert killed(lambda: run(job), changes - left)
     run(job)
     assert digests(job.out) == whole
@@ -181,16 +181,16 @@ def test_a_run_killed_this_few_writes_before_its_end_is_finished_by_the_same_com
 def test_a_run_killed_again_and_again_gets_there_with_the_same_bytes(
     native: Path, whole: dict[str, str], changes: int, tmp_path: Path
 ) -> None:
-    job, kills = Job(native, tmp_path / "out"), 0
+    job, kills = Dequantization(native, tmp_path / "out"), 0
     while killed(lambda: run(job), changes // 3):
         kills += 1
     assert kills >= 2
     assert digests(job.out) == whole
 
 
-def begun(native: Path, changes: int, out: Path) -> Job:
+def begun(native: Path, changes: int, out: Path) -> Dequantization:
     """A run that was killed when some blocks were done."""
-    job = Job(native, out)
+    job = Dequantization(native, out)
     assert killed(lambda: run(job), changes * 3 // 4)
     return job
 
@@ -243,7 +243,7 @@ def test_a_shard_that_was_changed_meanwhile_is_named(native: Path, changes: int,
 
 
 def test_a_finished_checkpoint_is_left_as_it_is_by_the_same_command(native: Path, tmp_path: Path) -> None:
-    job = Job(native, tmp_path / "out")
+    job = Dequantization(native, tmp_path / "out")
     first = run(job)
     stamps = {path: path.stat().st_mtime_ns for path in job.out.rglob("*")}
     assert run(job) == first
@@ -251,7 +251,7 @@ def test_a_finished_checkpoint_is_left_as_it_is_by_the_same_command(native: Path
 
 
 def test_a_finished_checkpoint_is_not_overwritten_by_another_one(native: Path, tmp_path: Path) -> None:
-    job = Job(native, tmp_path / "out")
+    job = Dequantization(native, tmp_path / "out")
     run(job)
     error = refusal(replace(job, shards=2))
     assert isinstance(error, OutputError) and "shards" in error.what
@@ -259,7 +259,7 @@ def test_a_finished_checkpoint_is_not_overwritten_by_another_one(native: Path, t
 
 def test_an_unfinished_quantization_is_not_taken_over(native: Path, tmp_path: Path) -> None:
     Journal.open(tmp_path / "out", {"config": {}, "source": {}}, resume=True).close()
-    error = refusal(Job(native, tmp_path / "out"))
+    error = refusal(Dequantization(native, tmp_path / "out"))
     assert isinstance(error, ResumeError) and "command" in error.what
 
 
@@ -267,7 +267,7 @@ def test_an_unfinished_quantization_is_not_taken_over(native: Path, tmp_path: Pa
 
 
 def test_a_bf16_source_is_refused_by_name(twins: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    error = refusal(Job(twins[1], tmp_path / "out"))
+    error = refusal(Dequantization(twins[1], tmp_path / "out"))
     assert isinstance(error, SourceError) and "nothing to dequantize" in error.what
     assert not (tmp_path / "out").exists()
 
@@ -275,7 +275,7 @@ def test_a_bf16_source_is_refused_by_name(twins: tuple[Path, Path, Path], tmp_pa
 def test_a_config_json_alone_is_refused(native: Path, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     shutil.copyfile(native / "config.json", tmp_path / "source" / "config.json")
-    assert "no safetensors" in refusal(Job(tmp_path / "source", tmp_path / "out")).what
+    assert "no safetensors" in refusal(Dequantization(tmp_path / "source", tmp_path / "out")).what
 
 
 def damaged(native: Path, to: Path, changed: dict[str, torch.Tensor | None]) -> Path:
@@ -286,14 +286,14 @@ def damaged(native: Path, to: Path, changed: dict[str, torch.Tensor | None]) -> 
 
 def test_a_missing_scale_is_named_before_anything_is_written(native: Path, tmp_path: Path) -> None:
     source = damaged(native, tmp_path / "source", {f"{EXPERT}.scale": None})
-    error = refusal(Job(source, tmp_path / "out"))
+    error = refusal(Dequantization(source, tmp_path / "out"))
     assert isinstance(error, SourceError) and f"{EXPERT}.scale" in str(error)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_extra_tensor_is_named_before_anything_is_written(native: Path, tmp_path: Path) -> None:
     source = damaged(native, tmp_path / "source", {"layers.0.ghost": torch.zeros(1)})
-    assert "layers.0.ghost" in str(refusal(Job(source, tmp_path / "out")))
+    assert "layers.0.ghost" in str(refusal(Dequantization(source, tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -301,25 +301,25 @@ def test_a_nan_scale_stops_the_run_by_name_and_no_index_is_written(native: Path,
     scale = tensors(native)[f"{EXPERT}.scale"]
     scale.view(torch.uint8)[0, 0] = 0xFF
     source = damaged(native, tmp_path / "source", {f"{EXPERT}.scale": scale})
-    error = refusal(Job(source, tmp_path / "out"))
+    error = refusal(Dequantization(source, tmp_path / "out"))
     assert isinstance(error, WeightError) and EXPERT in str(error)
     assert not (tmp_path / "out" / INDEX).exists()
     assert [record["block"] for record in journal_of(tmp_path / "out")[1:]] == ["embed"]
 
 
 def test_more_shards_than_pieces_are_refused(native: Path, tmp_path: Path) -> None:
-    error = refusal(Job(native, tmp_path / "out", shards=9999))
+    error = refusal(Dequantization(native, tmp_path / "out", shards=9999))
     assert isinstance(error, ConfigError) and error.where == "--shards"
 
 
 def test_an_output_inside_the_source_is_refused(native: Path) -> None:
-    assert isinstance(refusal(Job(native, native / "out")), OutputError)
+    assert isinstance(refusal(Dequantization(native, native / "out")), OutputError)
     assert not (native / "out").exists()
 
 
 def test_too_little_disk_is_refused(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv4q.dequantize.free_bytes", lambda path: 1000)
-    assert "too little free disk" in refusal(Job(native, tmp_path / "out")).what
+    assert "too little free disk" in refusal(Dequantization(native, tmp_path / "out")).what
 
 
 # ------------------------------------------------------------------------------------------------ planted defects

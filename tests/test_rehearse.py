@@ -20,16 +20,17 @@ from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
-from dsv4q.dropping import Dropping
 from dsv4q.errors import OutputError, SourceError, UsageError
 from dsv4q.layout import Dims
+from dsv4q.made_up.cut import chosen_layers, cut_config
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.plan.plan import Plan
 from dsv4q.quantize import Job
 from dsv4q.quantize import begin as begin_run
 from dsv4q.quantize import prepare as prepare_job
-from dsv4q.rehearse import FLASH, Rehearsal, chosen_layers, cut_config, prepare, rehearse
+from dsv4q.rehearse import FLASH, Rehearsal, prepare, rehearse
 from dsv4q.report.build import build_report
+from dsv4q.run.dropping import Dropping
 from dsv4q.run.ranks import Ranks
 from dsv4q.run.run import run_blocks
 from dsv4q.verify.judge import verify, verify_headers

@@ -17,7 +17,7 @@ from torch.nn import functional
 from dsv4q.checkpoint.native import FP8, MXFP4, forms_of, open_source
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
-from dsv4q.dequantize import Job as DequantizeJob
+from dsv4q.dequantize import Dequantization as DequantizeJob
 from dsv4q.dequantize import dequantize
 from dsv4q.errors import OutputError
 from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16

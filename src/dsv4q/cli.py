@@ -15,9 +15,12 @@ import typer
 from typer.core import TyperGroup
 
 from dsv4q import __version__
+from dsv4q.checkpoint.native import scan_source
 from dsv4q.console import Console, console_of, human_bytes, human_seconds, is_first_rank
 from dsv4q.errors import Interrupted, UsageError
-from dsv4q.host import stoppable
+from dsv4q.evaluation.show import show_evaluation
+from dsv4q.host import free_bytes, stoppable
+from dsv4q.verify.judge import verify as judge
 
 
 class _Commands(TyperGroup):
@@ -115,9 +118,7 @@ def plan(
 
     Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
-    from dsv4q.checkpoint.native import scan_source
     from dsv4q.config import load_config
-    from dsv4q.host import free_bytes
     from dsv4q.plan.plan import make_plan
     from dsv4q.plan.work import WorkTable
     from dsv4q.report.show import show_plan, show_ranks
@@ -242,7 +243,7 @@ def dequantize(
     from dsv4q import dequantize as story
 
     console = console_of(as_json, quiet)
-    report = story.dequantize(story.Job(source=native, out=out, shards=shards, resume=resume), console)
+    report = story.dequantize(story.Dequantization(source=native, out=out, shards=shards, resume=resume), console)
     console.data(report)
     console.print(
         f"{out}: {report['tensors']:,} tensors, {human_bytes(report['bytes'])}, in {len(report['shards'])} shards. "
@@ -267,12 +268,11 @@ def verify_shards(
     made from with --source. Exit code 3 if anything differs from what config.json and the format demand.
     """
     from dsv4q.report.show import show_verification
-    from dsv4q.verify.judge import verify
 
     console = console_of(as_json, quiet)
     total_bytes = _folder_bytes(artifact) if deep or source else 0
     with _verifying(console, total_bytes) as progress:
-        result = verify(artifact, source=source, deep=deep, progress=progress, device=device)
+        result = judge(artifact, source=source, deep=deep, progress=progress, device=device)
     console.data(result.as_dict())
     show_verification(result, console)
     if not result.ok:
@@ -339,7 +339,6 @@ def eval_(
     """
     from dsv4q import evaluate as story
     from dsv4q.evaluation.data import DataRequest
-    from dsv4q.evaluation.show import show_evaluation
 
     console = console_of(as_json, quiet)
     request = DataRequest(file=data, samples=samples, length=length, micro_batch=micro_batch)

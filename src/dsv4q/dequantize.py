@@ -33,7 +33,7 @@ from dsv4q.verify.required import require_verified
 
 
 @dataclass(frozen=True)
-class Job:
+class Dequantization:
     """One run as the user asked for it."""
 
     source: Path
@@ -43,7 +43,7 @@ class Job:
     resume: bool = True
 
 
-def dequantize(job: Job, console: Console) -> dict[str, Any]:
+def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
     """Run the job to its end, or continue an unfinished one. Returns the report that is also OUT/report.json.
 
     Raises:
@@ -81,7 +81,7 @@ def dequantize(job: Job, console: Console) -> dict[str, Any]:
     return report
 
 
-def _run_blocks(job: Job, plan: ShardPlan, source: Checkpoint, journal: Journal, console: Console) -> None:
+def _run_blocks(job: Dequantization, plan: ShardPlan, source: Checkpoint, journal: Journal, console: Console) -> None:
     if journal.done:
         console.talk(f"Resuming: {len(journal.done)} of {len(plan.blocks)} blocks are done")
         check_finished_shards(job.out, plan, journal.done)
@@ -112,7 +112,7 @@ def _line(journal: Journal, block: str) -> Callable[[Mapping[str, str], float], 
     return lambda digests, seconds: journal.finish_block(block, {"digest": block_digest(digests)})
 
 
-def _plan(job: Job, source: Checkpoint) -> ShardPlan:
+def _plan(job: Dequantization, source: Checkpoint) -> ShardPlan:
     """Every tensor of the model as BF16, F32 or I64, in the files of the source or in balanced shards.
 
     Raises:
@@ -149,7 +149,7 @@ def _same_files(source: Checkpoint, tensors: list[PlannedTensor]) -> tuple[Plann
     return tuple(PlannedShard.of(series[file], members[file]) for file in sorted(members))
 
 
-def _identity(job: Job, source: Checkpoint) -> dict[str, Any]:
+def _identity(job: Dequantization, source: Checkpoint) -> dict[str, Any]:
     """Everything that decides the bytes."""
     return {
         "command": "dequantize",

@@ -2,7 +2,7 @@
 
 Everything between source and shards is `quantize`'s own code: plan, oneshot, calibration, encoding, writer, journal,
 report. What differs: the source (`made_up/generated.py`), and what becomes of a whole shard, which is judged on a
-thread of its own (`dropping.py`) and then deleted, so that the disk need is a few shards.
+thread of its own (`run/dropping.py`) and then deleted, so that the disk need is a few shards.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,12 @@ from dsv4q.console import Console, human_bytes
 from dsv4q.errors import OutputError, ResumeError, UsageError, first_problem
 from dsv4q.host import free_bytes, stoppable
 from dsv4q.layout import Dims
+from dsv4q.made_up.cut import chosen_layers, cut_config
 from dsv4q.made_up.generated import GeneratedCheckpoint
 from dsv4q.plan.needs import Estimate
 from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report
-from dsv4q.report.rehearsal import rehearsal_result
 from dsv4q.run.calibration import data_wanted, load_data
 from dsv4q.run.run import Run, run_blocks, run_device
 from dsv4q.verify.case import DEVICE_BYTES, Contract
@@ -41,9 +41,14 @@ from dsv4q.verify.result import Log
 
 if TYPE_CHECKING:
     from dsv4q.data.tokens import CalibrationData
+    from dsv4q.run.dropping import Dropping
 
 FLASH = Path(__file__).parent / "releases" / "deepseek-v4-flash"
 """Folder with the config.json of DeepSeek-V4-Flash."""
+
+
+STORAGE = (1e9, 3e9, 7e9)
+"""Bytes per second for which the result says how long reading a real source takes: a network disk to a fast NVMe."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +129,13 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     console.talk(_announcement(rehearsal, prepared, data))
     prepared.source.make_pools()
     there = out.is_dir()
-    from dsv4q.dropping import Dropping
+    from dsv4q.run.dropping import Dropping
     from dsv4q.run.ranks import Ranks
 
     log = Log()
     contract = Contract.of(plan.artifact_config, Dims.from_config(plan.artifact_config, out / "config.json"), log)
     judge = Judge(out, contract, log, source=prepared.source, deep=True, device=device, quick=True)
-    dropping = Dropping(judge, out, keep=rehearsal.keep)
+    dropping = Dropping(judge.shard, out, DEVICE_BYTES, keep=rehearsal.keep)
     make_writer = partial(ShardWriter, on_whole=dropping.submit)
     run = Run(out, plan, prepared.source, data, device, Ranks(), make_writer, begin)
     identity = run.identity() | {"rehearsal": True}
@@ -144,6 +149,7 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
             report = build_report(plan, journal.done, identity, data, seconds=seconds, peaks=peaks)
             with stoppable() as check_stop:
                 dropping.wait(check_stop)
+            judge.finish()
         if rehearsal.keep:
             _keep(rehearsal, plan, report)
         finished = True
@@ -152,7 +158,7 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     if rehearsal.keep:
         judge.log.differences.extend(verify_headers(out).differences)
     times = {"all": time.time() - begin, "blocks": blocks_done - begin, "judging_after": time.time() - blocks_done}
-    return rehearsal_result(rehearsal, prepared, report, dropping, times)
+    return rehearsal_result(rehearsal, prepared, report, judge, dropping, times)
 
 
 # ------------------------------------------------------------------------------------------------ before
@@ -179,35 +185,6 @@ def _check_out(rehearsal: Rehearsal) -> None:
             found=", ".join(sorted(p.name for p in out.iterdir())[:5]),
             hint="choose another folder; nothing in this one was touched",
         )
-
-
-def chosen_layers(dims: Dims, count: int | None) -> tuple[int, ...]:
-    """Numbers of `count` main layers: the first of each kind, then the lowest others; all of them for None.
-
-    A kind is a compress ratio and a way of routing, by hash or by score.
-
-    Raises:
-        UsageError: not from 1 to the model's number of layers.
-    """
-    if count is None:
-        return tuple(range(dims.layers))
-    if not 1 <= count <= dims.layers:
-        raise UsageError("There are not so many layers", where="--layers", expected=f"1 to {dims.layers}", found=count)
-    first: dict[tuple[int, bool], int] = {}
-    for layer, ratio in enumerate(dims.ratios):
-        first.setdefault((ratio, layer < dims.hash_layers), layer)
-    order = dict.fromkeys([*first.values(), *range(dims.layers)])
-    return tuple(sorted(list(order)[:count]))
-
-
-def cut_config(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """The config.json of a model of these layers of `config`'s model, renumbered, and of its MTP layers."""
-    count, hashed = int(config["num_hidden_layers"]), int(config.get("num_hash_layers", 3))
-    cut = dict(config)
-    for key in ("compress_ratios", "layer_types", "mlp_layer_types"):
-        if isinstance(config.get(key), list):
-            cut[key] = [config[key][layer] for layer in layers] + config[key][count:]
-    return cut | {"num_hidden_layers": len(layers), "num_hash_layers": sum(layer < hashed for layer in layers)}
 
 
 def _cut_plan(source: GeneratedCheckpoint, config: Config, whole: Plan) -> Plan:
@@ -304,3 +281,55 @@ def _clean(out: Path, journal: Journal, *, there: bool, keep: bool) -> None:
         journal.close()
     if not there and not keep:
         out.rmdir()
+
+
+def rehearsal_result(
+    rehearsal: Rehearsal,
+    prepared: Prepared,
+    report: dict[str, Any],
+    judge: Judge,
+    dropping: Dropping,
+    times: Mapping[str, float],
+) -> dict[str, Any]:
+    """What `--json` prints: the run's report, what the judge says, counts and times."""
+    plan = prepared.plan
+    differences = [difference.as_dict() for difference in judge.log.differences]
+    return {
+        "rehearsal": {
+            "source": str(rehearsal.source),
+            "layers": list(prepared.layers),
+            "of_layers": prepared.whole.dims.layers,
+            "kept": rehearsal.keep,
+            "calibration": None if report["calibration"] is None else report["calibration"]["source"],
+        },
+        "counts": {
+            "shards": len(plan.shards),
+            "shards_verified": judge.shards,
+            "tensors": judge.tensors,
+            "mtp_tensors": judge.mtp_tensors,
+            "bytes": judge.nbytes,
+            "exact": dict(judge.case.exact),
+            "inexact": {role: stats.as_dict() for role, stats in judge.case.errors.items()},
+            "checks": dict(judge.log.checks),
+            "difference_count": len(differences),
+        },
+        "differences": differences,
+        "seconds": {
+            **{name: round(value, 3) for name, value in times.items()},
+            "judging": round(dropping.busy, 3),
+            "waited_for_judge": round(dropping.waited, 3),
+        },
+        "peak": {**report["peak_memory"], "disk": dropping.peak},
+        "planned": prepared.plan.as_dict()["needs"],
+        "real_run": _real_run(prepared.whole),
+        "report": report,
+    }
+
+
+def _real_run(whole: Plan) -> dict[str, Any]:
+    """What a run on the real BF16 checkpoint reads from storage, which a rehearsal does not."""
+    nbytes = sum(spec.nbytes for spec in whole.source_specs)
+    return {
+        "source_bytes": nbytes,
+        "seconds_at": {f"{int(speed / 1e9)} GB/s": round(nbytes / speed, 1) for speed in STORAGE},
+    }

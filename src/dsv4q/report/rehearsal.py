@@ -1,72 +1,13 @@
-"""What a rehearsal found out: one object for machines, a short text for people."""
+"""What a rehearsal found out, as text for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsv4q.console import Console, human_bytes, human_seconds
-from dsv4q.plan.plan import Plan
 from dsv4q.report.build import show_report
 from dsv4q.report.show import SHOWN
-
-if TYPE_CHECKING:
-    from dsv4q.dropping import Dropping
-    from dsv4q.rehearse import Prepared, Rehearsal
-
-STORAGE = (1e9, 3e9, 7e9)
-"""Bytes per second for which the result says how long reading a real source takes: a network disk to a fast NVMe."""
-
-
-def rehearsal_result(
-    rehearsal: Rehearsal,
-    prepared: Prepared,
-    report: dict[str, Any],
-    dropping: Dropping,
-    times: Mapping[str, float],
-) -> dict[str, Any]:
-    """What `--json` prints: the run's report, what the judge says, counts and times."""
-    judge, plan = dropping.judge, prepared.plan
-    differences = [difference.as_dict() for difference in judge.log.differences]
-    return {
-        "rehearsal": {
-            "source": str(rehearsal.source),
-            "layers": list(prepared.layers),
-            "of_layers": prepared.whole.dims.layers,
-            "kept": rehearsal.keep,
-            "calibration": None if report["calibration"] is None else report["calibration"]["source"],
-        },
-        "counts": {
-            "shards": len(plan.shards),
-            "shards_verified": judge.shards,
-            "tensors": judge.tensors,
-            "mtp_tensors": judge.mtp_tensors,
-            "bytes": judge.nbytes,
-            "exact": dict(judge.case.exact),
-            "inexact": {role: stats.as_dict() for role, stats in judge.case.errors.items()},
-            "checks": dict(judge.log.checks),
-            "difference_count": len(differences),
-        },
-        "differences": differences,
-        "seconds": {
-            **{name: round(value, 3) for name, value in times.items()},
-            "judging": round(dropping.busy, 3),
-            "waited_for_judge": round(dropping.waited, 3),
-        },
-        "peak": {**report["peak_memory"], "disk": dropping.peak},
-        "planned": prepared.plan.as_dict()["needs"],
-        "real_run": _real_run(prepared.whole),
-        "report": report,
-    }
-
-
-def _real_run(whole: Plan) -> dict[str, Any]:
-    """What a run on the real BF16 checkpoint reads from storage, which a rehearsal does not."""
-    nbytes = sum(spec.nbytes for spec in whole.source_specs)
-    return {
-        "source_bytes": nbytes,
-        "seconds_at": {f"{int(speed / 1e9)} GB/s": round(nbytes / speed, 1) for speed in STORAGE},
-    }
 
 
 def show_rehearsal(result: Mapping[str, Any], console: Console) -> None:

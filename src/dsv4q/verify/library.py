@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loguru import logger
+
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import Shape
 from dsv4q.verify.schemes import (
@@ -83,8 +85,6 @@ class LibraryScheme(StoredScheme):
         Raises:
             Refused: nothing; the shape does not fit, or no compressor has this scheme.
         """
-        from loguru import logger
-
         if shape not in self.known:
             logger.disable("compressed_tensors")  # it warns of ragged blocks, which are as they must be or told
             try:

@@ -1,4 +1,4 @@
-"""What becomes of a rehearsal's whole shards: judged behind the run as they come, and deleted."""
+"""What becomes of whole shards that nobody keeps: judged behind the run as they come, and deleted."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ import torch
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.errors import DeviceError
-from dsv4q.verify.case import DEVICE_BYTES
-from dsv4q.verify.judge import Judge
+
+Judging = Callable[[str, bytes, Callable[[], None]], None]
 
 TOGETHER = 2
 """Shards that are being judged or wait for it; a further one has to wait before the run goes on."""
 
 
 class Dropping:
-    """A thread that feeds the judge shard by shard.
+    """A thread that has whole shards judged, one after another, and deletes them.
 
     Args:
+        judge: called with a file in `out`, the header that it must have, and a function that raises once nobody wants
+            the verdict any more.
+        device_bytes: of a GPU, that judging takes.
         keep: leave the files where they are.
 
     An error of the judge, such as a disk that cannot be read, is raised by the next `submit` or by `wait`.
     """
 
-    def __init__(self, judge: Judge, out: Path, *, keep: bool) -> None:
-        self.judge, self.keep = judge, keep
+    def __init__(self, judge: Judging, out: Path, device_bytes: int, *, keep: bool) -> None:
+        self.keep = keep
         self.busy, self.waited = 0.0, 0.0
         """Seconds that judging took, and that the run waited for it."""
         self.peak = 0
         """Bytes of OUT on disk when a shard had become whole, at most."""
-        self._out = out
+        self._judge, self._out, self._device_bytes = judge, out, device_bytes
         self._behind = Behind(1, TOGETHER)
 
     def submit(self, shard: PlannedShard) -> None:
@@ -49,12 +52,12 @@ class Dropping:
         begin = time.perf_counter()
         path = self._out / file
         try:
-            self.judge.shard(file, header, self._behind.check)
+            self._judge(file, header, self._behind.check)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 "The GPU ran out of memory while a shard was judged",
                 where=path,
-                expected=f"about {DEVICE_BYTES:,} bytes free beside the run",
+                expected=f"about {self._device_bytes:,} bytes free beside the run",
                 found=str(error).splitlines()[0],
                 hint="free the GPU of other work, or lower calibration.micro_batch",
             ) from error
@@ -66,9 +69,8 @@ class Dropping:
         return sum(path.stat().st_blocks * 512 for path in self._out.rglob("*") if path.is_file())
 
     def wait(self, check_stop: Callable[[], None]) -> None:
-        """Until everything that was handed over is judged; then what no shard had is told too."""
+        """Until everything that was handed over is judged."""
         self._behind.drain(check_stop)
-        self.judge.finish()
 
     def __enter__(self) -> Dropping:
         self._behind.__enter__()
