@@ -13,8 +13,7 @@ from types import CodeType, FunctionType, ModuleType
 import pytest
 
 WHOLE_RUNS = {
-    "dsv4q.quantize.quantize", "dsv4q.quantize.quantize_blocks", "dsv4q.quantize.run_blocks",
-    "dsv4q.rehearse.rehearse", "dsv4q.evaluate.evaluate",
+    "dsv4q.quantize.quantize", "dsv4q.run.run.run_blocks", "dsv4q.rehearse.rehearse", "dsv4q.evaluate.evaluate",
 }  # fmt: skip
 """Functions that go through all blocks of a model."""
 

@@ -29,7 +29,7 @@ from dsv4q.errors import Dsv4qError, SourceError, first_problem
 from dsv4q.host import free_bytes, stoppable
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.plan.small_files import write_plain_files
-from dsv4q.verify.required import require_verified
+from dsv4q.verify.judge import require_verified
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report
 from dsv4q.run.calibration import data_problem, load_data
 from dsv4q.run.run import Run, run_blocks, run_device, same_threads
-from dsv4q.verify.required import require_verified
+from dsv4q.verify.judge import require_verified
 
 if TYPE_CHECKING:
     from dsv4q.run.ranks import Ranks

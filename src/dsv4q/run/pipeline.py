@@ -102,6 +102,7 @@ def run_oneshot(plan: Plan, folder: Path, make_loop: Callable[[DeepseekV4ForCaus
                 "blocks are kept",
             ) from error
         finally:
+            del model.block_loop
             reset_session()
     if loop.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -29,10 +29,8 @@ class Ranks:
 
     share: Share = ALONE
     local_rank: int = 0
-    _ahead: Any = field(default=None, repr=False, compare=False)
-    """Group in which the main threads pass Python objects."""
-    _behind: Any = field(default=None, repr=False, compare=False)
-    """The same for the threads that finish blocks."""
+    _groups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Groups in which Python objects are passed: `ahead` by the main threads, `behind` by those that finish blocks."""
 
     @property
     def is_leader(self) -> bool:
@@ -88,7 +86,7 @@ class Ranks:
             return value
         box = [value]
         with _talking("asking rank 0"):
-            dist.broadcast_object_list(box, src=0, group=self._ahead)
+            dist.broadcast_object_list(box, src=0, group=self._groups["ahead"])
         return box[0]
 
     def wait_for_all(self) -> None:
@@ -106,7 +104,7 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.share.count
         with _talking("telling rank 0"):
-            group = self._behind if behind else self._ahead
+            group = self._groups["behind" if behind else "ahead"]
             dist.gather_object(value, found if self.is_leader else None, dst=0, group=group)
         return found if self.is_leader else []
 
@@ -145,10 +143,12 @@ def ranks(device: str) -> Iterator[Ranks]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     with _talking("finding the others"):
         dist.init_process_group(backend=_backend(device), timeout=_TIMEOUT)
-        ahead, behind = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
+        groups = {name: dist.new_group(backend="gloo", timeout=_TIMEOUT) for name in ("ahead", "behind")}
     try:
-        yield Ranks(Share(dist.get_rank(), count), local, ahead, behind)
+        yield Ranks(Share(dist.get_rank(), count), local, groups)
     finally:
+        # A group that somebody still refers to lives until the interpreter ends, where its threads abort the process.
+        groups.clear()
         dist.destroy_process_group()
 
 

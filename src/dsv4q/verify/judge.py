@@ -30,7 +30,7 @@ from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.pipes import loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.errors import SourceError
+from dsv4q.errors import SourceError, VerificationFailed
 from dsv4q.host import usable_device
 from dsv4q.layout import Dims
 from dsv4q.verify.case import Case, Contract
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from dsv4q.verify.values import ValueChecks
 
-__all__ = ["Difference", "Judge", "VerifyResult", "verify", "verify_headers"]
+__all__ = ["Difference", "Judge", "VerifyResult", "require_verified", "verify", "verify_headers"]
 
 _COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
 
@@ -105,6 +105,25 @@ def verify(
         errors={role: stats.as_dict() for role, stats in judge.case.errors.items()},
         seconds=time.monotonic() - begin,
     )
+
+
+def require_verified(out: Path) -> VerifyResult:
+    """The independent judge looks at the headers before we say that it is done; what it says.
+
+    Raises:
+        VerificationFailed: it finds a difference.
+    """
+    result = verify_headers(out)
+    if not result.ok:
+        first = result.differences[0]
+        raise VerificationFailed(
+            f"The finished artifact has {len(result.differences)} difference(s) from the contract",
+            where=f"{first.tensor or ''} {first.file or ''}".strip() or out,
+            expected=first.expected,
+            found=first.found,
+            hint=f"dsv4q verify-shards {out} lists all; if it has only just been made, please report this",
+        )
+    return result
 
 
 def _is_plain(config: Mapping[str, Any], headers: Headers) -> bool:
