@@ -4,6 +4,7 @@ fixture or through a helper.
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -49,7 +50,7 @@ def starts_much(function: object) -> bool:
 
 def _used(thing: object) -> Iterator[object]:
     """What the names in the code of a function, or of a class's methods, stand for."""
-    thing = getattr(thing, "__wrapped__", thing)
+    thing = inspect.unwrap(thing) if callable(thing) else thing
     if isinstance(thing, type):
         yield from (value for value in vars(thing).values() if isinstance(value, FunctionType))
     if not isinstance(thing, FunctionType):
@@ -78,7 +79,7 @@ def _name(thing: object) -> str:
 def _is_of_the_tests(thing: object) -> bool:
     if not isinstance(thing, (FunctionType, type)):
         return False
-    code = getattr(thing, "__code__", None)
+    code = getattr(inspect.unwrap(thing), "__code__", None)
     return (
         Path(code.co_filename).parent == HERE
         if code

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -35,6 +36,17 @@ def whole_run() -> None:
     runs.run(runs.toy_job(runs.CONFIGS))
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    process()
+    yield
+
+
+def through_a_context() -> None:
+    with held():
+        pass
+
+
 class Starter:
     def start(self) -> None:
         process()
@@ -44,11 +56,14 @@ def through_a_class() -> None:
     Starter().start()
 
 
+STARTERS = [process, inner_process, fork, through_a_helper, whole_run, through_a_context, through_a_class]
+
+
 def plain() -> int:
     return len(os.environ) + len(runs.CONFIGS.parts)
 
 
-@pytest.mark.parametrize("function", [process, inner_process, fork, through_a_helper, whole_run, through_a_class])
+@pytest.mark.parametrize("function", STARTERS)
 def test_what_starts_a_process_or_a_whole_run_is_slow(function: Callable[[], object]) -> None:
     assert starts_much(function)
 
