@@ -37,7 +37,8 @@ from dsv4q.made_up.native import grid_form
 from dsv4q.made_up.toy import write_toy
 from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, upstream_names
 from dsv4q.model.upstream import quiet_libraries
-from dsv4q.quantize import Job, data_spec, quantize
+from dsv4q.quantize import Job, quantize
+from dsv4q.run.calibration import data_wanted
 
 CONFIG = Path(__file__).parent.parent / "configs" / "toy.yaml"
 NVFP4 = QuantizationScheme(
@@ -115,7 +116,7 @@ def parts_row(name: str, count: int, rows: int, columns: int, repeat: int) -> li
 
 def stock_run(job: Job, out: Path) -> dict[str, float]:
     """Seconds of loading, calibrating, compressing and saving."""
-    wanted = data_spec(job)
+    wanted = data_wanted(job.config, job.source)
     assert wanted is not None
     begin = time.perf_counter()
     with quiet_libraries(), upstream_names():

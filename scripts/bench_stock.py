@@ -28,7 +28,8 @@ from dsv4q.config import Config
 from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, upstream_names
 from dsv4q.model.upstream import quiet_libraries
-from dsv4q.quantize import Job, data_spec
+from dsv4q.quantize import Job
+from dsv4q.run.calibration import data_wanted
 
 
 class Marks(Dataset[dict[str, torch.Tensor]]):
@@ -117,7 +118,7 @@ def main() -> None:
     add_options(parser)
     options = parser.parse_args()
     job = Job(options.source, options.out, config_of(options), device=options.device)
-    wanted = data_spec(job)
+    wanted = data_wanted(job.config, job.source)
     assert wanted is not None, "the config calibrates nothing"
     begin = time.perf_counter()
     with quiet_libraries():

@@ -1,7 +1,7 @@
 """A native release as the BF16 checkpoint that it stands for: source -> plan -> check -> blocks -> finish -> verify.
 
 Tensors are read and dequantized ahead and written behind, block by block with a line in the journal, as in `quantize`.
-Memory: the tensors under way (`ahead.BUDGET`, `plan.WRITE_BEHIND`), or the largest one.
+Memory: the tensors under way (`pipes.BUDGET`, `writer.WRITE_BEHIND`), or the largest one.
 """
 
 from __future__ import annotations

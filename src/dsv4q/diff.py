@@ -1,7 +1,7 @@
 """Two artifacts or checkpoints, tensor by tensor: headers -> pairs -> bytes -> values where bytes differ -> result.
 
 Bytes are read and compared on threads, ahead of the values; what is equal is let go at once and never decoded.
-Memory: `ahead.BUDGET` bytes of both sides, or the largest quantized weight of both, besides what `ROWS_AT_ONCE` values
+Memory: `pipes.BUDGET` bytes of both sides, or the largest quantized weight of both, besides what `ROWS_AT_ONCE` values
 need. Tensors that both store as they are go in pieces, however large they are.
 """
 

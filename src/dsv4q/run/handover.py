@@ -60,8 +60,11 @@ class Handover:
         self._behind.put(work)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """By way of page-locked memory, which is several times as fast, on a stream beside the computation."""
-        if self._stream is None:
+        """By way of page-locked memory, which is several times as fast, on a stream beside the computation.
+
+        What is on the host already stays there: `weight_shape` of packed integers.
+        """
+        if self._stream is None or not tensor.is_cuda:
             return tensor
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
