@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4q.checkpoint.files import INDEX
 from dsv4q.errors import ConfigError, OutputError
 from dsv4q.layout import CSA, HCA, SLIDING, Dims, TensorSpec, source_tensors
 from dsv4q.made_up.generated import moments
@@ -267,7 +268,7 @@ def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, form: ToyF
         nbytes = sum(part.nbytes for part in parts)
         weight_map = {part.name: name for name, members in zip(names, shards, strict=True) for part in members}
         index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_text(out / "model.safetensors.index.json", pretty_json(index))
+        _write_text(out / INDEX, pretty_json(index))
     except OSError as error:
         raise OutputError("The toy cannot be written", where=error.filename or out, found=error.strerror) from error
     return ToySummary(
@@ -276,7 +277,7 @@ def write_toy(out: Path, toy: ToyConfig | None = None, seed: int = 0, form: ToyF
         mtp_tensors=sum(part.is_mtp for part in parts),
         nbytes=nbytes,
         shards=tuple(out / name for name in names),
-        files=tuple(out / name for name in (*texts, "model.safetensors.index.json")),
+        files=tuple(out / name for name in (*texts, INDEX)),
         conversations=len(conversations),
     )
 

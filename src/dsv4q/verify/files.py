@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from dsv4q.checkpoint.files import INDEX
 from dsv4q.layout import DTYPE_BYTES, Shape
 from dsv4q.verify.result import Log, few
 
-INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
 """Longest header that safetensors accepts, in bytes."""
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
