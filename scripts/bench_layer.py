@@ -3,7 +3,7 @@
     python scripts/bench_layer.py WORK [--layers 3] [--samples 64] [--length 512] [--micro-batch 8] [--device cuda]
         [--config configs/nvfp4-fp8-mtp.yaml] [--source FOLDER] [--only ceilings,stock,sink,files]
         [--stock-batches 1,8] [--stock-layers K] [--double] [--profile] [--twin] [--verify] [--json FILE]
-        [--width full|toy]
+        [--width full|toy] [--native]
 
 Makes a source of K layers of the real width (hidden 4096, 256 experts of 2048; 13.2 GB of BF16 each; weights on the
 MXFP4 and FP8 grids) in WORK/source, or FOLDER, unless it is there, and lets all parts work on the same files, each in
@@ -56,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-stock", action="store_true")
     parser.add_argument("--stock-batches", default="1,8")
     parser.add_argument("--stock-layers", type=int, help="stock on the first so many layers only")
+    parser.add_argument("--native", action="store_true", help="a source in DeepSeek's own layout; stock cannot read it")
     parser.add_argument("--double", action="store_true", help="the sink on twice the layers, too")
     parser.add_argument("--profile", action="store_true", help="the sink once more, one layer under torch.profiler")
     parser.add_argument("--twin", action="store_true", help="files once more with experts as modules: the same bytes?")
@@ -63,7 +64,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="data to measure the storage with")
     parser.add_argument("--json", type=Path, help="everything that was measured, for machines")
     options = parser.parse_args()
-    options.parts = [p for p in options.only.split(",") if not (p == "stock" and options.no_stock)]
+    no_stock = options.no_stock or options.native
+    options.parts = [p for p in options.only.split(",") if not (p == "stock" and no_stock)]
     unknown = set(options.parts) - set(PARTS)
     if unknown:
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
@@ -113,7 +115,7 @@ def sources(options: argparse.Namespace) -> dict[int, Path]:
     if not (whole / "config.json").is_file():
         begin = time.perf_counter()
         whole.parent.mkdir(parents=True, exist_ok=True)
-        write_source(whole, dimensions(options.width, layers), options.device)
+        write_source(whole, dimensions(options.width, layers), options.device, native=options.native)
         print(f"source of {layers} layers made in {time.perf_counter() - begin:.1f} s\n", flush=True)
     there = json.loads((whole / "config.json").read_text())["num_hidden_layers"]
     wanted = {options.layers, layers, options.stock_layers or options.layers}

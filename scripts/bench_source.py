@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4q.checkpoint.native import MXFP4, release_form
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
-from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode
+from dsv4q.formats.dtypes import E2M1_VALUES
+from dsv4q.formats.encode import fp8_block_encode
 from dsv4q.formats.exact import fp8_block_scales, round_e2m1
-from dsv4q.layout import Dims, Role, TensorSpec, source_tensors
+from dsv4q.formats.native import E8M0_BIAS, fp8_to_bf16, mxfp4_to_bf16
+from dsv4q.layout import Dims, TensorSpec, source_tensors
+from dsv4q.made_up.native import native_form, stored_specs
 from dsv4q.made_up.toy import ToyConfig, random_values, write_toy
 
 INDEX = "model.safetensors.index.json"
@@ -46,34 +50,58 @@ def dimensions(width: str, layers: int) -> ToyConfig:
     )  # fmt: skip
 
 
-def values(spec: TensorSpec, dims: Dims, device: str) -> Tensor:
-    """One tensor on `device` or the CPU: a function of name, shape and kind of device. Large linears are on a grid."""
-    if spec.role not in (Role.ROUTED_EXPERT, Role.ATTENTION, Role.SHARED_EXPERT):
-        return random_values(spec, dims, seed=0)
+def values(spec: TensorSpec, dims: Dims, device: str, *, native: bool = False) -> tuple[Tensor, ...]:
+    """One tensor on `device` or the CPU: a function of name, shape and kind of device. Large linears are on a grid.
+
+    Returns:
+        The tensor as BF16; with `native`, of what the release quantizes, codes and E8M0 scales of the same values.
+    """
+    form = release_form(spec)
+    if form is None:
+        return (random_values(spec, dims, seed=0),)
     key = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:7], "little")
     generator = torch.Generator(device).manual_seed(key)
     weight = torch.randn(spec.shape, generator=generator, device=device) / spec.shape[1] ** 0.5
-    if spec.role == Role.ROUTED_EXPERT:
-        blocks = weight.reshape(spec.shape[0], -1, 32)
-        scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(dim=-1, keepdim=True) / 6)))
-        weight = (round_e2m1(blocks / scale) * scale).reshape(spec.shape)
-    else:
-        scale = fp8_block_scales(weight)
-        weight = fp8_block_decode(fp8_block_encode(weight, scale), scale)
-    return weight.to(torch.bfloat16)
+    codes, scale = _mxfp4(weight) if form == MXFP4 else _fp8(weight)
+    if native:
+        return codes, scale
+    return ((mxfp4_to_bf16 if form == MXFP4 else fp8_to_bf16)(codes, scale, spec.name),)
 
 
-def write_source(out: Path, toy: ToyConfig, device: str) -> None:
-    """Write the checkpoint; `out` must not exist. Nothing is synced: a benchmark reads it from the page cache."""
+def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """I8 [out, in/2] and E8M0 [out, in/32] of the nearest values."""
+    blocks = weight.reshape(weight.shape[0], -1, 32)
+    exponent = torch.ceil(torch.log2(blocks.abs().amax(dim=-1, keepdim=True) / 6))
+    rounded = round_e2m1(blocks / torch.exp2(exponent)).reshape(weight.shape)
+    grid = torch.tensor(E2M1_VALUES[:8], device=weight.device)
+    codes = torch.searchsorted(grid, rounded.abs()).to(torch.uint8) | torch.signbit(rounded).to(torch.uint8) << 3
+    return (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int8), _e8m0(exponent.squeeze(-1))
+
+
+def _fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """F8_E4M3 [out, in] and E8M0 by 128x128 of the nearest values."""
+    scale = fp8_block_scales(weight)
+    return fp8_block_encode(weight, scale), _e8m0(torch.log2(scale))
+
+
+def _e8m0(exponent: Tensor) -> Tensor:
+    return (exponent + E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def write_source(out: Path, toy: ToyConfig, device: str, *, native: bool = False) -> None:
+    """Write the checkpoint, BF16 or in DeepSeek's own layout; `out` must not exist.
+
+    Nothing is synced: a benchmark reads it from the page cache.
+    """
     with tempfile.TemporaryDirectory() as small:
         # tokenizer, chat samples and the like, of a checkpoint with the same vocabulary and one tiny layer
         write_toy(Path(small, "toy"), ToyConfig(compress_ratios=(0,), num_hash_layers=0, vocab_size=toy.vocab_size))
         copytree(Path(small, "toy"), out, ignore=ignore_patterns("*.safetensors", INDEX))
-    _write_json(out / "config.json", toy.as_config_json())
-    shards = _shards(source_tensors(toy.dims))
+    _write_json(out / "config.json", {**toy.as_config_json(), **(native_form().config if native else {})})
+    shards = _shards(source_tensors(toy.dims), native)
     threads = FILES_OF_A_LAYER if device.startswith("cuda") else 1
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda shard: _write_shard(out, shard, toy.dims, device), shards))
+        list(pool.map(lambda shard: _write_shard(out, shard, toy.dims, device, native), shards))
     _write_json(out / INDEX, ShardPlan(tuple(shards)).index())
 
 
@@ -96,22 +124,28 @@ def first_layers(source: Path, out: Path, layers: int) -> Path:
     return out
 
 
-def _shards(specs: Sequence[TensorSpec]) -> list[PlannedShard]:
+def _shards(specs: Sequence[TensorSpec], native: bool) -> list[PlannedShard]:
     """Each block's tensors dealt out to files of about equal size."""
     shards = []
     for block in dict.fromkeys(spec.block for spec in specs):
-        tensors = [PlannedTensor(s.name, s.dtype, s.shape, s, False, block) for s in specs if s.block == block]
+        tensors = [
+            PlannedTensor(part.name, part.dtype, part.shape, spec, False, block)
+            for spec in specs
+            for part in (stored_specs(spec) if native else (spec,))
+            if spec.block == block
+        ]
         files = min(FILES_OF_A_LAYER if block.startswith("layers.") else 1, len(tensors))
         tensors.sort(key=lambda t: -t.nbytes)
         shards += [PlannedShard.of(f"{block}-{i}.safetensors", tensors[i::files]) for i in range(files)]
     return shards
 
 
-def _write_shard(out: Path, shard: PlannedShard, dims: Dims, device: str) -> None:
+def _write_shard(out: Path, shard: PlannedShard, dims: Dims, device: str, native: bool) -> None:
     with (out / shard.file).open("wb", buffering=0) as file:
         file.write(shard.header)
         for tensor, _ in shard.offsets():
-            made = values(tensor.spec, dims, device)
+            parts = values(tensor.spec, dims, device, native=native)
+            made = parts[tensor.name.endswith(".scale") and len(parts) > 1]
             if made.is_cuda:
                 made = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made)
             view = memoryview(made.contiguous().reshape(-1).view(torch.uint8).numpy())

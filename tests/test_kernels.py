@@ -10,6 +10,7 @@ from dsv4q.formats import kernels
 from dsv4q.formats.compare import error_sums
 from dsv4q.formats.encode import nvfp4_decode, nvfp4_encode
 from dsv4q.formats.exact import nvfp4_grid, nvfp4_scales, round_e2m1
+from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -72,3 +73,24 @@ def test_the_gpu_computes_the_gate_as_eager_code_does(spread: float) -> None:
     ends = torch.zeros(2, device="cuda")
     assert torch.equal(kernels.swiglu(gate.clone(), up.clone(), 10.0, ends), expected)
     assert torch.equal(ends, torch.stack(torch.aminmax(expected)).to(torch.float32))
+
+
+def _every_code_and_scale(form: str) -> tuple[Tensor, Tensor]:
+    """All 256 bytes under every E8M0 scale whose values BF16 holds, [scales, 32 columns and more]."""
+    if form == "mxfp4":
+        scales = torch.arange(0, 253, dtype=torch.uint8)
+        codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+        return codes.repeat(len(scales), 1), scales.repeat_interleave(16)[:, None]
+    scales = torch.arange(3, 247, dtype=torch.uint8)
+    codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
+    tile = codes.repeat(65)[: 128 * 128].reshape(128, 128)
+    return tile.repeat(len(scales), 1).view(torch.float8_e4m3fn), scales[:, None]
+
+
+@gpu
+@pytest.mark.parametrize("form", ["mxfp4", "fp8"])
+def test_the_gpu_decodes_every_native_code_and_scale_as_the_cpu_does(form: str) -> None:
+    decode = mxfp4_to_bf16 if form == "mxfp4" else fp8_to_bf16
+    codes, scales = _every_code_and_scale(form)
+    there, here = decode(codes.cuda(), scales.cuda()), decode(codes, scales)
+    assert torch.equal(there.cpu().view(torch.int16), here.view(torch.int16))

@@ -34,6 +34,7 @@ from dsv4q.made_up.native import codes_and_scales, grid_form, native_form, store
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.plan.plan import make_plan
 from dsv4q.quantize import Job
+from dsv4q.run.loader import PackedExperts
 from dsv4q.verify.judge import verify
 from runs import CONFIGS, FLASH, at_toy_size, finished_files, run
 
@@ -366,6 +367,33 @@ def test_nan_scale_stops_the_run_by_name_and_loses_nothing(
 
 
 # ------------------------------------------------------------------------------------------------ layout
+
+
+def packed_weights(source: Checkpoint) -> dict[str, torch.Tensor]:
+    """Every routed expert's weight, decoded together as for a GPU."""
+    specs = [s for s in source_tensors(Dims.from_config(source.config)) if s.role == Role.ROUTED_EXPERT]
+    places = {spec.name: torch.full(spec.shape, float("nan"), dtype=torch.bfloat16) for spec in specs}
+    packed = PackedExperts(source)
+    for spec in specs:
+        packed.add(spec, list(source.stored(spec.name)), places[spec.name])
+    packed.decode()
+    return places
+
+
+def test_packed_experts_decoded_together_are_those_decoded_alone(twins: tuple[Path, Path]) -> None:
+    with open_source(twins[0]) as source:
+        found = packed_weights(source)
+        assert found and all(torch.equal(found[n].view(torch.int16), source.tensor(n).view(torch.int16)) for n in found)
+
+
+def test_of_experts_decoded_together_the_one_with_a_nan_scale_is_named(
+    release: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    bad = "layers.1.ffn.experts.1.w2"
+    damaged = altered(release[0], tmp_path / "bad", f"{bad}.scale", lambda raw: raw.__setitem__(5, 0xFF))
+    with open_source(damaged) as source, pytest.raises(WeightError) as caught:
+        packed_weights(source)
+    assert str(caught.value.where).startswith(f"{bad}.weight in ")
 
 
 def altered(source: Path, out: Path, name: str, change: Callable[[bytearray], None]) -> Path:

@@ -258,7 +258,7 @@ def verify_shards(
         Path | None, typer.Option(help="The checkpoint it was made from: compare and re-encode every tensor.")
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Read the data too: scales, pairs, ranges, NaN.")] = False,
-    device: Annotated[str, typer.Option(help="Where weights are compared: auto, cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where weights are compared: auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -19,7 +19,7 @@ Everything after this module sees one checkpoint of BF16 names, shapes and bytes
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,14 +112,28 @@ class NativeCheckpoint(Checkpoint):
             SourceError: as `Checkpoint.tensor`.
             WeightError: a NaN scale or value, an F32 scale that is no power of two, a value that BF16 does not hold.
         """
-        stored = self.quantized.get(name)
-        if stored is None:
+        if name not in self.quantized:
             return self.on_disk.tensor(name)
+        return self.decoded(name, [self.on_disk.tensor(entry.name) for entry in entries_of(self, name)])
+
+    def stored(self, name: str, *, pinned: bool = False) -> tuple[torch.Tensor, ...]:
+        """See `Checkpoint.stored`: of a quantized tensor weight and scale."""
+        return tuple(self.on_disk.stored(entry.name, pinned=pinned)[0] for entry in entries_of(self, name))
+
+    def decoded(self, name: str, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See `Checkpoint.decoded`; the same bits on any device.
+
+        Raises:
+            WeightError: as `tensor`.
+        """
+        there = self.quantized.get(name)
+        if there is None:
+            return super().decoded(name, stored)
         from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
 
-        weight, scale = self.on_disk.tensor(stored.weight.name), self.on_disk.tensor(stored.scale.name)
-        where = f"{name} in {stored.weight.file}, {stored.scale.name} in {stored.scale.file}"
-        return (mxfp4_to_bf16 if stored.form == MXFP4 else fp8_to_bf16)(weight, scale, where)
+        weight, scale = stored
+        where = f"{name} in {there.weight.file}, {there.scale.name} in {there.scale.file}"
+        return (mxfp4_to_bf16 if there.form == MXFP4 else fp8_to_bf16)(weight, scale, where)
 
     def fingerprint(self) -> dict[str, Any]:
         """Identity of the files; see `Checkpoint.fingerprint`."""

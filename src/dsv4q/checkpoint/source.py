@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -140,13 +140,49 @@ class Checkpoint:
                 hint=AGAIN,
             )
 
+    def stored(self, name: str, *, pinned: bool = False) -> tuple[torch.Tensor, ...]:
+        """What lies in the files of one tensor, as it lies there: itself, or a packed weight and its scale.
+
+        Args:
+            pinned: in page-locked memory, from which copies to a GPU run at full speed.
+
+        Raises:
+            SourceError: as `read`.
+        """
+        return (self._filled(self._entry(name), pinned),)
+
+    def decoded(self, name: str, stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor that `stored` stands for, on the device where that lies; of T tensors stored alike [T, ...].
+
+        Raises:
+            WeightError: it stands for none, only where it is packed; names the tensor, the first of several.
+        """
+        (tensor,) = stored
+        return tensor
+
+    def _filled(self, entry: TensorEntry, pinned: bool) -> torch.Tensor:
+        import torch
+
+        tensor = torch.empty(entry.shape, dtype=torch_dtypes()[entry.dtype], pin_memory=pinned)
+        if entry.nbytes:
+            self.read_into(entry.name, tensor.view(-1).view(torch.uint8).numpy().data)
+        return tensor
+
+    def tensor_on(self, name: str, device: torch.device) -> torch.Tensor:
+        """One tensor on a device; what is packed travels as it is, and is decoded there.
+
+        Raises:
+            SourceError, WeightError: as `tensor`.
+        """
+        return self.decoded(name, [part.to(device) for part in self.stored(name)])
+
     def copy_to(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor's values into `tensor`, of its dtype and shape, on any device.
 
         Raises:
-            SourceError: as `tensor`.
+            SourceError, WeightError: as `tensor`.
         """
-        tensor.copy_(self.tensor(name))
+        tensor.copy_(self.tensor_on(name, tensor.device))
 
     def is_whole(self, name: str) -> bool:
         """Whether a tensor's bytes are as many as dtype and shape need, and its file is long enough to hold them."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from dsv4q.run.experts import ExpertMemory
 
 READ_THREADS = 8
 """A GPU needs its bytes faster than one thread copies them out of the page cache (2.2 s a block; 0.41 s with 8)."""
+
+DECODED_TOGETHER = 16
+"""Packed experts' weights that are decoded in one call: 270 MB of BF16 at full width, and temporaries of its size."""
 
 Put = Callable[[str, Sequence[tuple[str, memoryview]]], None]
 """Takes a block and tensors of it to be written as they are: output name and bytes."""
@@ -115,6 +119,51 @@ def _not_finite(tensor: torch.Tensor, where: str) -> WeightError:
 
 
 @dataclass
+class PackedExperts:
+    """Experts' weights on the device as they lie in the files, decoded into their places some at a time.
+
+    One at a time would keep the host busier with calls than the device with work.
+    """
+
+    source: Checkpoint
+    _waiting: defaultdict[tuple[object, ...], list[tuple[str, list[torch.Tensor], torch.Tensor]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """Those that are stored alike: name, what is stored, where it goes."""
+
+    def add(self, spec: TensorSpec, stored: list[torch.Tensor], there: torch.Tensor) -> None:
+        """One more; decodes those like it once there are enough.
+
+        Raises:
+            WeightError: as `decode`.
+        """
+        kind = tuple((part.shape, part.dtype) for part in stored)
+        self._waiting[kind].append((spec.name, stored, there))
+        if len(self._waiting[kind]) == DECODED_TOGETHER:
+            self._decode(self._waiting.pop(kind))
+
+    def decode(self) -> None:
+        """Decode what still waits.
+
+        Raises:
+            WeightError: a packed weight stands for no number; names the tensor.
+        """
+        while self._waiting:
+            self._decode(self._waiting.popitem()[1])
+
+    def _decode(self, some: list[tuple[str, list[torch.Tensor], torch.Tensor]]) -> None:
+        names, parts, places = zip(*some, strict=True)
+        try:
+            values = self.source.decoded(names[0], [torch.stack(alike) for alike in zip(*parts, strict=True)])
+        except WeightError:
+            for name, stored, _ in some:  # which one it is
+                self.source.decoded(name, stored)
+            raise
+        for place, value in zip(places, values, strict=True):
+            place.copy_(value)
+
+
+@dataclass
 class Loader:
     """Reads blocks in the order in which they are wanted.
 
@@ -149,7 +198,7 @@ class Loader:
         on_gpu = self.device.type == "cuda"
         threads, stream = READ_THREADS if on_gpu else 1, torch.cuda.Stream(self.device) if on_gpu else None
         with (
-            loaded_ahead(reads, self._read, lambda w: w.spec.nbytes, budget=self.budget, threads=threads) as read,
+            loaded_ahead(reads, self._read, self._host_bytes, budget=self.budget, threads=threads) as read,
             loaded_ahead(
                 wanted,
                 partial(self._load, read, stream),
@@ -172,60 +221,81 @@ class Loader:
                 block.slot.freed = torch.cuda.current_stream(self.device).record_event()
             self._free.append(block.slot)
 
-    def _read(self, work: TensorWork) -> torch.Tensor:
-        """One tensor on the host; for a GPU in pinned memory, from which copies run at full speed."""
+    def _read(self, work: TensorWork) -> tuple[torch.Tensor, ...]:
+        """One tensor on the host; for a GPU as it lies in the files, unless its BF16 bytes are written too."""
         spec = work.spec
         if work.computed and self.device.type == "cuda":
-            tensor = torch.empty(spec.shape, dtype=torch_dtypes()[spec.dtype], pin_memory=True)
-            self.source.read_into(spec.name, tensor.reshape(-1).view(torch.uint8).numpy().data)
-            return tensor
+            return self._pinned(spec) if work.kept else self.source.stored(spec.name, pinned=True)
         tensor = self.source.tensor(spec.name)
         ends = torch.aminmax(tensor) if not work.computed and tensor.is_floating_point() else ()
         if not all(math.isfinite(float(end)) for end in ends):
             raise _not_finite(tensor, self.where(spec))
-        return tensor
+        return (tensor,)
+
+    def _pinned(self, spec: TensorSpec) -> tuple[torch.Tensor, ...]:
+        tensor = torch.empty(spec.shape, dtype=torch_dtypes()[spec.dtype], pin_memory=True)
+        self.source.read_into(spec.name, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return (tensor,)
+
+    def _host_bytes(self, work: TensorWork) -> int:
+        """What `_read` holds of one tensor."""
+        packed = work.computed and not work.kept and self.device.type == "cuda"
+        return work.source_bytes if packed else work.spec.nbytes
 
     def _load(
-        self, read: Iterator[tuple[TensorWork, torch.Tensor]], stream: torch.cuda.Stream | None, task: BlockTask
+        self,
+        read: Iterator[tuple[TensorWork, tuple[torch.Tensor, ...]]],
+        stream: torch.cuda.Stream | None,
+        task: BlockTask,
     ) -> LoadedBlock:
-        block = LoadedBlock(task)
+        block, packed = LoadedBlock(task), PackedExperts(self.source)
         with torch.cuda.stream(stream):
             for work in task.work:
                 if self._stop.is_set():
                     raise Stopped
-                tensor = None
+                parts: tuple[torch.Tensor, ...] = ()
                 if task.reads(work):
-                    found, tensor = next(read)
+                    found, parts = next(read)
                     assert found is work, f"{work.spec.name} is wanted, {found.spec.name} comes"
                     block.read_bytes += work.source_bytes
-                self._keep(block, work, tensor)
+                self._keep(block, work, parts)
                 if work.computed:
-                    self._place(block, work.spec, tensor)
+                    self._place(block, work.spec, parts, packed)
                 else:
                     self.advance(task.name, work.spec.nbytes)
+            packed.decode()
             if block.experts is not None:
                 block.ends.extend(block.experts.ends([w.spec for w in task.work if w.computed and task.reads(w)]))
             block.ready = stream.record_event() if stream is not None else None
         return block
 
-    def _keep(self, block: LoadedBlock, work: TensorWork, tensor: torch.Tensor | None) -> None:
+    def _keep(self, block: LoadedBlock, work: TensorWork, parts: tuple[torch.Tensor, ...]) -> None:
         """Have a tensor written as it is, if this rank does that."""
         names = block.task.keeps(work)
-        if names and tensor is not None:
+        if names:
+            (tensor,) = parts
             self.put(block.task.name, [(name, tensor_bytes(tensor)) for name in names])
             block.written_bytes += len(names) * work.spec.nbytes
 
-    def _place(self, block: LoadedBlock, spec: TensorSpec, tensor: torch.Tensor | None) -> None:
-        """One tensor to where it is wanted on the device; the first expert takes a slot."""
+    def _place(
+        self, block: LoadedBlock, spec: TensorSpec, parts: tuple[torch.Tensor, ...], packed: PackedExperts
+    ) -> None:
+        """One tensor to where it is wanted on the device; the first expert takes a slot.
+
+        Raises:
+            WeightError: what is packed stands for no number.
+        """
         if spec.role == Role.ROUTED_EXPERT:
             if block.slot is None:
                 block.slot = self._free.pop() if self._free else self.memory()
                 block.slot.wait_until_free()
-            there = block.slot.view(spec)
-            block.tensors[spec] = there if tensor is None else there.copy_(tensor, non_blocking=True)
+            block.tensors[spec] = there = block.slot.view(spec)
+            if len(parts) == 1:
+                there.copy_(parts[0], non_blocking=True)
+            elif parts:
+                packed.add(spec, [part.to(self.device, non_blocking=True) for part in parts], there)
             return
-        assert tensor is not None
-        there = tensor.to(self.device, non_blocking=True)
-        block.tensors[spec] = there
+        moved = [part.to(self.device, non_blocking=True) for part in parts]
+        block.tensors[spec] = there = self.source.decoded(spec.name, moved) if len(moved) > 1 else moved[0]
         if there.is_floating_point():
             block.ends.append(([spec], torch.stack(torch.aminmax(there))[None]))

@@ -72,7 +72,8 @@ class Linear:
         self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
         self.shared.load()
         if case.source is not None and case.source_fault(self.spec) is None and not case.is_lost(self.spec.name):
-            self.weight = case.source.tensor(self.spec.name).to(case.device)
+            assert case.device is not None, "values are judged on a device"
+            self.weight = case.source.tensor_on(self.spec.name, case.device)
 
     def judge(self) -> None:
         case, usable = self.case, self._scales()
