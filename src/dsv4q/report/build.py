@@ -14,6 +14,7 @@ from dsv4q.formats.error import Errors
 from dsv4q.host import peak_memory
 from dsv4q.plan.plan import Plan
 from dsv4q.plan.work import RankWork
+from dsv4q.report.show import exactness
 
 if TYPE_CHECKING:
     from dsv4q.data.tokens import CalibrationData
@@ -123,8 +124,7 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
         ],
     )  # fmt: skip
     for role, e in report["errors"].items():
-        exact = f"{e['exact']:,} of {e['tensors']:,} tensors exact, max abs error {e['max_abs_error']:.4g}"
-        console.print(f"{role}s: {exact}")
+        console.print(f"{role}s: {exactness(e)}")
     _show_inputs(report, console)
     artifact, peak = report["artifact"], report["peak_memory"]
     console.print(

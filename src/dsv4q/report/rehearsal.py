@@ -7,7 +7,7 @@ from typing import Any
 
 from dsv4q.console import Console, human_bytes, human_seconds
 from dsv4q.report.build import show_report
-from dsv4q.report.show import SHOWN
+from dsv4q.report.show import show_differences
 
 
 def show_rehearsal(result: Mapping[str, Any], console: Console) -> None:
@@ -23,13 +23,7 @@ def show_rehearsal(result: Mapping[str, Any], console: Console) -> None:
         f"{sum(counts['exact'].values()):,} quantized linears equal to their source, {rounded:,} rounded; "
         f"{counts['difference_count']:,} differences"
     )
-    for difference in result["differences"][:SHOWN]:
-        place = " in ".join(part for part in (difference["tensor"], difference["file"]) if part)
-        console.print(f"DIFFERENCE {difference['check']}: {place}")
-        console.print(f"  expected: {difference['expected']}")
-        console.print(f"  found: {difference['found']}")
-    if len(result["differences"]) > SHOWN:
-        console.print(f"… and {len(result['differences']) - SHOWN:,} more; --json lists them all")
+    show_differences(result["differences"], console)
     waited, after = human_seconds(seconds["waited_for_judge"]), human_seconds(seconds["judging_after"])
     console.print(
         f"time: {human_seconds(seconds['all'])}, {len(run['layers'])} of {run['of_layers']} layers; judging took "

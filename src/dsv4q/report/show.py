@@ -106,17 +106,11 @@ def show_verification(result: VerifyResult, console: Console) -> None:
     """What was examined, every difference up to `SHOWN`, and the verdict."""
     console.table("Checks", ["check", "examined"], [[name, f"{n:,}"] for name, n in result.checks.items()])
     for role, errors in result.errors.items():
-        console.print(f"{role}: {_exactness(errors)}{_inexactness(errors)}")
+        console.print(f"{role}: {exactness(errors)}{_inexactness(errors)}")
     in_all = result.exactness()
     if in_all is not None:
-        console.print(f"in all: {_exactness(in_all)}")
-    for difference in result.differences[:SHOWN]:
-        place = " in ".join(part for part in (difference.tensor, difference.file) if part)
-        console.print(f"DIFFERENCE {difference.check}: {place}")
-        console.print(f"  expected: {difference.expected}")
-        console.print(f"  found: {difference.found}")
-    if len(result.differences) > SHOWN:
-        console.print(f"… and {len(result.differences) - SHOWN:,} more; --json lists them all")
+        console.print(f"in all: {exactness(in_all)}")
+    show_differences([difference.as_dict() for difference in result.differences], console)
     kind = "BF16 checkpoint, " if result.kind == "plain" else ""
     verdict = "as it must be" if result.ok else f"{len(result.differences):,} difference(s)"
     console.print(
@@ -125,7 +119,19 @@ def show_verification(result: VerifyResult, console: Console) -> None:
     )
 
 
-def _exactness(errors: Mapping[str, Any]) -> str:
+def show_differences(differences: Sequence[Mapping[str, str | None]], console: Console) -> None:
+    """Place, expectation and finding of each, up to `SHOWN`."""
+    for one in differences[:SHOWN]:
+        place = " in ".join(part for part in (one["tensor"], one["file"]) if part)
+        console.print(f"DIFFERENCE {one['check']}: {place}")
+        console.print(f"  expected: {one['expected']}")
+        console.print(f"  found: {one['found']}")
+    if len(differences) > SHOWN:
+        console.print(f"… and {len(differences) - SHOWN:,} more; --json lists them all")
+
+
+def exactness(errors: Mapping[str, Any]) -> str:
+    """Of one class of tensors, or of several together."""
     return f"{errors['exact']:,} of {errors['tensors']:,} tensors exact, max abs error {errors['max_abs_error']:.4g}"
 
 

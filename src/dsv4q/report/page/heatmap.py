@@ -7,11 +7,6 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from markupsafe import Markup
-
-from dsv4q.report.page.charts import SIDE, group, legend_box
 
 STEPS = 64
 """Colours of the scale; index 0 of the palette is for cells that hold nothing."""
@@ -38,45 +33,24 @@ def scale(steps: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def heat_map(cells: Sequence[Sequence[int]], tips: Sequence[str]) -> Markup:
+def heat_map(cells: Sequence[Sequence[int]]) -> str:
     """Counts by row and column, on a logarithmic scale of colours; zero has a colour of its own.
 
     Args:
         cells: equally long rows, the topmost first.
-        tips: a tooltip for each row.
     """
     least, most = _range(cells)
-    address = png([[_step(value, least, most) for value in row] for row in cells])
-    image = Markup('<image href="{}" width="{}" height="{}" preserveAspectRatio="none"/>').format(address, SIDE, SIDE)
-    rect = Markup('<rect y="{:.2f}" width="{}" height="{:.2f}"><title>{}</title></rect>')
-    height = SIDE / max(len(tips), 1)
-    return image + group("hit", *(rect.format(height * i, SIDE, height, text) for i, text in enumerate(tips)))
+    return png([[_step(value, least, most) for value in row] for row in cells])
 
 
-@dataclass(frozen=True)
-class Ramp:
-    """The scale of a heat map's colours."""
-
-    svg: Markup
-    """`steps` wide, 1 high."""
-    labels: list[tuple[str, str]]
-    """Place in per cent, and the value there."""
-    zero: Markup | None
-    """Drawing for the legend, if there are cells with zero."""
-    steps: int = STEPS
-
-
-def ramp(cells: Sequence[Sequence[int]]) -> Ramp:
-    """The scale for `heat_map` of the same cells."""
+def ramp_labels(cells: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+    """Place in per cent, and count there, of labels beside the scale for `heat_map` of the same cells."""
     least, most = _range(cells)
-    rect = Markup('<rect x="{}" width="1.05" height="1" fill="#{:02x}{:02x}{:02x}"/>')
-    svg = Markup().join(rect.format(i, *colour) for i, colour in enumerate(scale(STEPS)))
     # a little away from both ends, so that no label leaves the page
-    labels = [
+    return [
         (f"{4 + 92 * place:.0f}", f"{round(least * (most / least) ** place):,}")
         for place in ([0, 0.25, 0.5, 0.75, 1] if most > least else [0])
     ]
-    return Ramp(svg, labels, legend_box("nothing") if any(0 in row for row in cells) else None)
 
 
 def _range(cells: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -34,12 +34,18 @@ class Inputs:
     """config.json of the artifact."""
     shards: ShardBytes | Gap
     """From the headers on disk."""
-    evaluation: Record | Gap | None = None
-    """eval.json, as `dsv4q eval --save` writes it; None: there is none."""
-    checked: Record | Gap | None = None
+    checked: Record | Gap
     """A verification of now, as `verify-shards --json` prints it."""
     saved: Record | None = None
     """One of before, from a file."""
+    evaluation: Record | Gap | None = None
+    """eval.json, as `dsv4q eval --save` writes it; None: there is none."""
+
+    @property
+    def rank_count(self) -> int:
+        """Ranks of the run; 1 if the report does not tell."""
+        ranks = self.report.get("ranks")
+        return len(ranks) if isinstance(ranks, list) else 1
 
 
 def read_inputs(artifact: Path, checked: dict[str, Any] | Gap | None, saved: Path | None = None) -> Inputs:
@@ -54,14 +60,15 @@ def read_inputs(artifact: Path, checked: dict[str, Any] | Gap | None, saved: Pat
             used.
     """
     report = _read_report(artifact)
+    judged = checked or Gap("nothing was verified")
     return Inputs(
         name=artifact.resolve().name or str(artifact.resolve()),
         report=report,
         config=_load(artifact / "config.json"),
         shards=_shard_bytes(artifact),
-        evaluation=_evaluation(artifact / EVALUATION),
-        checked=Record(checked, "verification") if isinstance(checked, dict) else checked,
+        checked=judged if isinstance(judged, Gap) else Record(judged, "verification"),
         saved=None if saved is None else _read_saved(saved, report),
+        evaluation=_read_evaluation(artifact / EVALUATION),
     )
 
 
@@ -77,11 +84,9 @@ def _read_report(artifact: Path) -> Record:
     report = _load(path)
     if isinstance(report, Gap):
         raise OutputError("The report cannot be read", where=path, expected="a JSON object", found=report)
-    command = report.get("command")
-    if command is not None:
-        raise OutputError(
-            "This is the report of another command", where=path, expected="that of dsv4q quantize", found=command
-        )
+    if (command := report.get("command")) is not None:
+        what = "This is the report of another command"
+        raise OutputError(what, where=path, expected="that of dsv4q quantize", found=command)
     if not _has_format(report, FORMAT):
         raise OutputError(
             "The report has another format",
@@ -104,20 +109,18 @@ def _read_saved(path: Path, report: Record) -> Record:
             found=found if isinstance(found, Gap) else ", ".join(map(str, found))[:120] or "{}",
         )
     made = report.get("artifact")
-    if isinstance(made, dict) and (found.get("tensors"), found.get("bytes")) != (
-        made.get("tensors"),
-        made.get("bytes"),
-    ):
-        raise OutputError(
-            "The saved verification is of another artifact",
-            where=path,
-            expected=f"{made.get('tensors')} tensors, {made.get('bytes')} bytes",
-            found=f"{found.get('tensors')} tensors, {found.get('bytes')} bytes, of {found.get('artifact')}",
-        )
+    if isinstance(made, dict) and _amount(found) != _amount(made):
+        what = "The saved verification is of another artifact"
+        by = f"{_amount(found)}, of {found.get('artifact')}"
+        raise OutputError(what, where=path, expected=_amount(made), found=by)
     return found
 
 
-def _evaluation(path: Path) -> Record | Gap | None:
+def _amount(found: dict[str, Any]) -> str:
+    return f"{found.get('tensors')} tensors, {found.get('bytes')} bytes"
+
+
+def _read_evaluation(path: Path) -> Record | Gap | None:
     if not path.exists():
         return None
     found = _load(path)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
-Result = TypeVar("Result")
-
-_MALFORMED = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
-"""What comes of reading a value as something that it is not."""
+Found = TypeVar("Found")
 
 
 class Gap(Exception):
@@ -46,23 +42,22 @@ class Record(dict[str, Any]):
         return value
 
 
-def shown_or_gap(view: Callable[..., Result], record: Record | Gap, *more: object) -> Result:
-    """What a view makes of a record.
+def need(found: Found, otherwise: str) -> Found:
+    """`found`.
 
     Raises:
-        Gap: there is no record, it lacks something, or something in it is of another type.
+        Gap: there is nothing in it; the text is `otherwise`.
     """
-    if isinstance(record, Gap):
-        raise record
-    try:
-        return view(record, *more)
-    except _MALFORMED as error:
-        # files can be edited by hand: what a view trips over is in the file, as the tests of whole ones show
-        what = view.__name__.strip("_").replace("_", " ")
-        raise Gap(f"{record.name} has no {what} that this version can read") from error
+    if not found:
+        raise Gap(otherwise)
+    return found
 
 
-def layers_of(report: Record) -> list[tuple[str, Record]]:
-    """Number and record of every main layer, in order."""
+def layers_of(report: Record, key: str) -> list[tuple[str, Record]]:
+    """Number and record of every main layer that has the key, in order."""
     found = [(block["block"], block) for block in report["blocks"]]
-    return [(name.removeprefix("layers."), block) for name, block in found if name.startswith("layers.")]
+    return [
+        (name.removeprefix("layers."), block)
+        for name, block in found
+        if name.startswith("layers.") and block.get(key) is not None
+    ]

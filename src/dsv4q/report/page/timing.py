@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
-from dsv4q.console import human_bytes, human_seconds
-from dsv4q.report.page.charts import Axis, Figure, Line, Tips, bar_chart, line_chart, linear_axis, names_axis
-from dsv4q.report.page.record import Gap, Record
-from dsv4q.report.page.wording import Unit, percent, seconds, short_name
+from dsv4q.console import human_bytes
+from dsv4q.report.page.charts import Axis, Chart, Line, linear_axis, names_axis, stacked
+from dsv4q.report.page.record import Record, need
+from dsv4q.report.page.wording import fixed, percent, short_name
 
 STAGES = {
     "read": "waiting until the block's weights are on the device",
@@ -28,17 +27,32 @@ Times = list[tuple[str, dict[str, float]]]
 """Name of every block, and its seconds by stage."""
 
 
-def _times(report: Record) -> Times:
-    found = [(block["block"], block["seconds"]) for block in report["blocks"]]
-    if not found:
-        raise Gap(f"{report.name} has no blocks")
-    return found
+def times_of(report: Record) -> Times:
+    """Of all blocks, in order."""
+    return need([(block["block"], block["seconds"]) for block in report["blocks"]], f"{report.name} has no blocks")
 
 
-def _stages(times: Times) -> list[str]:
+def stages_of(times: Times) -> list[str]:
     """Stages that follow each other, in order."""
     there = {stage for _, spent in times for stage in spent} - {*BESIDE, DONE_AT}
     return [stage for stage in STAGES if stage in there] + sorted(there - STAGES.keys())
+
+
+def stage_sums(times: Times) -> list[tuple[str, str, str, str]]:
+    """Stage, its seconds over all blocks, their share of all stages, and what it is."""
+    stages = stages_of(times)
+    sums = {stage: sum(spent.get(stage, 0.0) for _, spent in times) for stage in [*stages, *BESIDE]}
+    whole = sum(sums[stage] for stage in stages)
+    rows = [(s, fixed(sums[s]), percent(sums[s] / whole) if whole else "–", STAGES.get(s, "")) for s in stages]
+    rows.append(("together", fixed(whole), "100 %" if whole else "–", ""))
+    beside = {stage: what for stage, what in BESIDE.items() if any(stage in spent for _, spent in times)}
+    return rows + [(stage, fixed(sums[stage]), "beside", what) for stage, what in beside.items()]
+
+
+def block_totals(times: Times) -> list[float]:
+    """Seconds of all stages of each block."""
+    stages = stages_of(times)
+    return [sum(spent.get(stage, 0.0) for stage in stages) for _, spent in times]
 
 
 def on_disk_after(times: Times) -> list[float | None]:
@@ -57,58 +71,24 @@ def on_disk_after(times: Times) -> list[float | None]:
     return found
 
 
-def stage_totals(report: Record) -> dict[str, Any]:
-    """Seconds by stage over all blocks."""
-    times = _times(report)
-    stages = _stages(times)
-    sums = {stage: sum(spent.get(stage, 0.0) for _, spent in times) for stage in [*stages, *BESIDE]}
-    whole = sum(sums[stage] for stage in stages)
-    rows = [
-        [stage, seconds(sums[stage]), percent(sums[stage] / whole) if whole else "–", STAGES.get(stage, "")]
-        for stage in stages
-    ]
-    rows.append(["together", seconds(whole), "100 %" if whole else "–", ""])
-    beside = {stage: what for stage, what in BESIDE.items() if any(stage in spent for _, spent in times)}
-    rows += [[stage, seconds(sums[stage]), "beside", what] for stage, what in beside.items()]
-    return {"wall": human_seconds(report["seconds"]["this_process"]), "rows": rows}
-
-
-def block_times(report: Record) -> dict[str, Any]:
+def block_chart(times: Times) -> Chart:
     """Stacked bars of every block, and how far apart the blocks came on disk."""
-    times = _times(report)
-    stages, done = _stages(times), on_disk_after(times)
-    shown = (*stages, *BESIDE)
-    totals = [sum(spent.get(stage, 0.0) for stage in stages) for _, spent in times]
-    tips: list[tuple[float, str]] = []
-    rows = []
-    for (name, spent), total, at in zip(times, totals, done, strict=True):
-        each = ", ".join(f"{stage} {spent[stage]:.2f}" for stage in shown if stage in spent)
-        after = "" if at is None else f"; on disk after {at:,.1f} s"
-        tips.append((len(tips) + 1, f"{name}: {total:.2f} s; {each}{after}"))
-        rows.append([name, seconds(total), *(seconds(spent.get(stage)) for stage in shown), seconds(at)])
-    slowest = max(range(len(times)), key=lambda column: totals[column])
-    return {
-        "title": f"{human_seconds(totals[slowest])} for the slowest block, {times[slowest][0]}",
-        "first": times[0][0],
-        "last": times[-1][0],
-        "count": len(times),
-        "chart": _block_chart(times, totals, tips),
-        "heads": ["block", "stages", *shown, "on disk after"],
-        "rows": rows,
-    }
-
-
-def _block_chart(times: Times, totals: list[float], tips: Tips) -> Figure:
-    stacks = [
-        (stage, (*STAGES, stage).index(stage) % 8, [spent.get(stage, 0.0) for _, spent in times])
-        for stage in _stages(times)
+    stages, totals = stages_of(times), block_totals(times)
+    series = [
+        (stage, (*STAGES, stage).index(stage) % 8, [spent.get(stage, 0.0) for _, spent in times]) for stage in stages
     ]
-    apart = _apart(times)
-    known = [value for value in apart if value is not None]
-    marks = ("from the block before on disk to this one", apart) if known else None
-    x = names_axis([short_name(name) for name, _ in times], "block")
-    y = linear_axis(max([*totals, *known]), lambda value: f"{value:.3g} s", "seconds")
-    return bar_chart(x, y, stacks, marks, tips)
+    apart = [(column, seconds) for column, seconds in enumerate(_apart(times)) if seconds is not None]
+    tips = []
+    for i, ((name, spent), total, at) in enumerate(zip(times, totals, on_disk_after(times), strict=True), 1):
+        each = ", ".join(f"{stage} {spent[stage]:.2f}" for stage in (*stages, *BESIDE) if stage in spent)
+        tips.append((i, f"{name}: {total:.2f} s; {each}" + ("" if at is None else f"; on disk after {at:,.1f} s")))
+    return Chart(
+        x=names_axis([short_name(name) for name, _ in times], "block"),
+        y=linear_axis(max([*totals, *(seconds for _, seconds in apart)]), lambda value: f"{value:.3g} s", "seconds"),
+        tips=tips,
+        bars=stacked(series),
+        marks=("from the block before on disk to this one", apart) if apart else None,
+    )
 
 
 def _apart(times: Times) -> list[float | None]:
@@ -123,71 +103,46 @@ def _apart(times: Times) -> list[float | None]:
 
 # ------------------------------------------------------------------------------------------------ memory
 
-CALLED = {"host": "host, resident", "gpu": "GPU, allocated"}
+Samples = list[tuple[float, str, Record]]
+"""Seconds, the block that was on disk then, and the bytes in use by kind of memory."""
 
 
-def memory_peaks(report: Record) -> dict[str, Any]:
-    """Peaks of the whole run."""
-    peak = report["peak_memory"]
-    return {"host": human_bytes(peak["host"]), "gpu": human_bytes(peak["gpu"]) if peak.get("gpu") is not None else None}
-
-
-def memory_over_time(report: Record) -> dict[str, Any]:
+def memory_samples(report: Record) -> Samples:
     """Memory when each block was on disk."""
-    after = on_disk_after(_times(report))
     samples = [
         (at, block["block"], block["memory"])
-        for block, at in zip(report["blocks"], after, strict=True)
+        for block, at in zip(report["blocks"], on_disk_after(times_of(report)), strict=True)
         if at is not None and block.get("memory") is not None
     ]
-    if len(samples) < 2:
-        raise Gap(f"{report.name} has no samples of memory over time (blocks[].memory)")
-    called = {
-        kind: name for kind, name in CALLED.items() if any(memory.get(kind) is not None for _, _, memory in samples)
-    }
-    points = {
-        kind: [(at, memory[kind] / 1e9) for at, _, memory in samples if memory.get(kind) is not None] for kind in called
-    }
-    most = {kind: max(y for _, y in found) for kind, found in points.items()}
+    return need(samples[1:] and samples, f"{report.name} has no samples of memory over time (blocks[].memory)")
+
+
+def memory_lines(samples: Samples) -> list[tuple[str, Line]]:
+    """Key of each kind of memory that was measured, and its bytes over time in GB."""
+    found = []
+    for colour, (kind, name) in enumerate({"host": "host, resident", "gpu": "GPU, allocated"}.items()):
+        points = [(at, memory[kind] / 1e9) for at, _, memory in samples if memory.get(kind) is not None]
+        if points:
+            found.append((kind, Line(name, points, colour)))
+    return found
+
+
+def memory_chart(samples: Samples) -> Chart:
+    """Memory over time."""
+    kinds = memory_lines(samples)
     end = max(at for at, _, _ in samples)
     ticks = linear_axis(end, _time_label(end), "").ticks
     x = Axis(0.0, end, tuple(tick for tick in ticks if tick[0] <= end * 0.97), title="time since the start")
-    y = linear_axis(max(most.values()), lambda value: f"{value:.3g} GB", "GB")
-    lines = [Line(name, points[kind], colour) for colour, (kind, name) in enumerate(called.items())]
+    most = max(line.highest for _, line in kinds)
     tips = []
     for at, block, memory in samples:
-        used = [f"{name} {human_bytes(memory[kind])}" for kind, name in called.items() if memory.get(kind) is not None]
+        used = [f"{line.name} {human_bytes(memory[kind])}" for kind, line in kinds if memory.get(kind) is not None]
         tips.append((at, f"{block} after {at:,.1f} s: {', '.join(used)}"))
-    unit = Unit.for_bytes(max(most.values()) * 1e9)
-    return {
-        "title": "At most " + ", ".join(f"{most[kind]:.3g} GB {name}" for kind, name in called.items()),
-        "chart": line_chart(x, y, lines, tips),
-        "heads": ["block", "after, s", *(f"{name}, {unit.name}" for name in called.values())],
-        "rows": [
-            [block, seconds(at), *(unit.of(memory.get(kind)) for kind in called)] for at, block, memory in samples
-        ],
-    }
+    y = linear_axis(most, lambda value: f"{value:.3g} GB", "GB")
+    return Chart(x, y, tips, lines=[line for _, line in kinds])
 
 
 def _time_label(end: float) -> Callable[[float], str]:
     if end >= 7200:
         return lambda value: f"{value / 3600:.3g} h"
     return (lambda value: f"{value / 60:.3g} min") if end >= 180 else (lambda value: f"{value:.3g} s")
-
-
-# ------------------------------------------------------------------------------------------------ ranks
-
-
-def ranks(report: Record) -> dict[str, Any]:
-    """What each of several ranks did."""
-    found = report["ranks"]
-    unit = Unit.for_bytes(max(rank[key] for rank in found for key in ("read_bytes", "write_bytes")))
-    rows = []
-    for rank in found:
-        peak = rank.get("peak_memory") or {}
-        rows.append(
-            [f"{rank['rank']}", unit.of(rank["read_bytes"]), f"{rank['micro_batches']:,}",
-             f"{rank['encoded_linears']:,}", unit.of(rank["write_bytes"]), unit.of(peak.get("host")),
-             unit.of(peak.get("gpu"))]
-        )  # fmt: skip
-    return {"unit": unit.name, "rows": rows}

@@ -1,9 +1,9 @@
-"""Numbers, names and lists as the whole page writes them."""
+"""Numbers, names and lists as the whole page writes them; None is a dash."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -31,14 +31,19 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) < 1e12 and abs(value) >= 1 else f"{value:.3e}"
 
 
-def seconds(value: float | None) -> str:
-    """For columns of a table: always two decimals."""
-    return "–" if value is None else f"{value:,.2f}"
+def five_digits(value: float) -> str:
+    """For measures of quality."""
+    return f"{value:,.5g}" if abs(value) < 1e5 else short(value)
 
 
-def counted(differences: int) -> str:
-    """`1 difference`, `2 differences`."""
-    return f"{differences:,} difference{'' if differences == 1 else 's'}"
+def fixed(value: float | None, digits: int = 2) -> str:
+    """For columns of a table: always as many decimals."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def counted(number: int, what: str = "") -> str:
+    """`1,234`; `1 shard`, `2 shards`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}" if what else f"{number:,}"
 
 
 def short_name(block: str) -> str:
@@ -51,6 +56,11 @@ def and_list(words: Sequence[str]) -> str:
     return " and ".join(([", ".join(words[:-1])] if len(words) > 1 else []) + list(words[-1:]))
 
 
+def heads_of(groups: Iterable[str], columns: Iterable[str], between: str = ": ") -> list[str]:
+    """Heads of a table that has the same columns for each group: `w1: amax`."""
+    return [f"{group}{between}{column}" for group in groups for column in columns]
+
+
 @dataclass(frozen=True)
 class Unit:
     """Of the bytes in a column of a table; decimal, 1 GB = 1e9 bytes."""
@@ -60,12 +70,12 @@ class Unit:
 
     def of(self, nbytes: float | None) -> str:
         """Always three decimals."""
-        return "–" if nbytes is None else f"{nbytes / self.size:,.3f}"
-
-    @classmethod
-    def for_bytes(cls, largest: float) -> Unit:
-        """One in which `largest` has at least one digit before the point, if there is one."""
-        return next((unit for unit in _UNITS if largest >= unit.size), _UNITS[-1])
+        return fixed(None if nbytes is None else nbytes / self.size, 3)
 
 
 _UNITS = (Unit("GB", 1e9), Unit("MB", 1e6), Unit("kB", 1e3))
+
+
+def unit_for(largest: float) -> Unit:
+    """One in which so many bytes have at least one digit before the point, if there is one."""
+    return next((unit for unit in _UNITS if largest >= unit.size), _UNITS[-1])

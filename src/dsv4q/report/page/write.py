@@ -61,8 +61,18 @@ def write_report(request: PageRequest, progress: Callable[[str, int, int], None]
     _check_out(out)
     # Everything cheap is looked at before every value is.
     read_inputs(request.artifact, None, request.saved)
-    checked = _verify(request, progress)
-    return _write(out, request, checked)
+    checked = None
+    try:
+        checked = verify(request.artifact, source=None, deep=request.deep, progress=progress)
+        found: dict[str, Any] | Gap = checked.as_dict()
+    except SourceError as error:
+        if request.deep:
+            raise
+        found = Gap(f"When this page was made: {error.what} ({error.where})")
+    page, gaps = build_page(read_inputs(request.artifact, found, request.saved))
+    data = page.encode()
+    write_atomic(out, data)
+    return Written(out, len(data), gaps, checked)
 
 
 def write_missing_page(artifact: Path) -> None:
@@ -75,30 +85,11 @@ def write_missing_page(artifact: Path) -> None:
         write_report(PageRequest(artifact))
 
 
-def _verify(request: PageRequest, progress: Callable[[str, int, int], None] | None) -> VerifyResult | Gap:
-    try:
-        return verify(request.artifact, source=None, deep=request.deep, progress=progress)
-    except SourceError as error:
-        if request.deep:
-            raise
-        return Gap(f"{error.what} ({error.where})")
-
-
-def _write(out: Path, request: PageRequest, checked: VerifyResult | Gap) -> Written:
-    found = checked.as_dict() if isinstance(checked, VerifyResult) else checked
-    page, gaps = build_page(read_inputs(request.artifact, found, request.saved))
-    data = page.encode()
-    write_atomic(out, data)
-    return Written(out, len(data), gaps, checked if isinstance(checked, VerifyResult) else None)
-
-
 def _check_out(out: Path) -> None:
     """Only a page of ours is overwritten."""
     if not out.parent.is_dir():
         raise OutputError("There is no such folder to write the page into", where=out.parent)
-    if not out.exists():
-        return
-    if not out.is_file() or f'content="{GENERATOR}"'.encode() not in _begin(out):
+    if out.exists() and not (out.is_file() and _is_page(out)):
         raise OutputError(
             "Something else is there already",
             where=out,
@@ -108,9 +99,6 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _begin(path: Path) -> bytes:
+def _is_page(path: Path) -> bool:
     with path.open("rb") as stream:
-        return stream.read(1000)
-
-
-__all__ = ["PAGE", "PageRequest", "Written", "write_missing_page", "write_report"]
+        return f'content="{GENERATOR}"'.encode() in stream.read(1000)
