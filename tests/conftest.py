@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 
-from slow import is_slow
+from slow import SECOND_HALF, is_slow
 
 # The user's caches and tokens stay out of the tests, and what the tests cache goes with them.
 _HOME = tempfile.mkdtemp(prefix="dsv4q-tests-")
@@ -29,7 +29,9 @@ for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "FORCE_COLOR", "CLICOLOR_FORC
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests, so that `-m "not slow"` is the fast set."""
+    """Mark the slow tests, so that `-m "not slow"` is the fast set, and the two halves of `make test`."""
     for item in items:
         if is_slow(item):
             item.add_marker(pytest.mark.slow)
+        if not item.get_closest_marker("slow") or item.path.name in SECOND_HALF:
+            item.add_marker(pytest.mark.second_half)

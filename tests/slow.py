@@ -21,6 +21,9 @@ WHOLE_RUNS = {
 FIXTURES = {"unfinished", "kept"}
 """Fixtures that come to a whole run through the command line, where the code does not show it."""
 
+SECOND_HALF = {"test_resume.py", "test_rehearse.py", "test_bad_input.py", "test_stacks.py", "test_cli.py"}
+"""Files whose slow tests `make test` runs with the fast set; the other slow ones take about as long by CPU time."""
+
 HERE = Path(__file__).parent
 
 
