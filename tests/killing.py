@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +52,8 @@ def killed(run: Callable[[], object], after: int) -> bool:
                 setattr(os, name, call)
             run()
             status = 0
+        except BaseException:
+            traceback.print_exc()  # nobody else would tell why the child ended
         finally:
             os._exit(status)
     _, result = os.waitpid(child, 0)

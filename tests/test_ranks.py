@@ -118,6 +118,26 @@ def test_one_rank_does_what_the_plan_said(name: str, job: Job, tmp_path: Path) -
     assert work_done(there.out) == planned(there, 1)
 
 
+THREADS = """
+from pathlib import Path
+from dsv4q.run.ranks import ranks
+with ranks("cpu") as here:
+    import llmcompressor
+    here.wait_for_all()
+print("left:", [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux tells the names of threads")
+def test_no_thread_of_a_group_outlives_the_ranks(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(THREADS)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*start, tmp_path / "script.py"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left: []") == 2, done.stdout
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 300])
 @pytest.mark.parametrize("things", [1, 7, 256])
 def test_shares_hold_everything_once(count: int, things: int) -> None:

@@ -6,6 +6,7 @@ blocks, carries Python objects beside it. Without torchrun there is one rank and
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,13 +142,15 @@ def ranks(device: str) -> Iterator[Ranks]:
     if not dist.is_available():
         raise DeviceError("This torch has no torch.distributed", where="torchrun", found=torch.__version__)
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    # Its functions take the default group of the moment of their import as a default argument, and would hold it.
+    importlib.import_module("torch.distributed.nn")
     with _talking("finding the others"):
         dist.init_process_group(backend=_backend(device), timeout=_TIMEOUT)
         groups = {name: dist.new_group(backend="gloo", timeout=_TIMEOUT) for name in ("ahead", "behind")}
     try:
         yield Ranks(Share(dist.get_rank(), count), local, groups)
     finally:
-        # A group that somebody still refers to lives until the interpreter ends, where its threads abort the process.
+        # A group that somebody refers to lives until the interpreter ends, where its threads may abort the process.
         groups.clear()
         dist.destroy_process_group()
 
