@@ -148,7 +148,7 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
             seconds = blocks_done - begin
             report = build_report(plan, journal.done, identity, data, seconds=seconds, peaks=peaks)
             with stoppable() as check_stop:
-                dropping.wait(check_stop)
+                dropping.drain(check_stop)
             judge.finish()
         if rehearsal.keep:
             _keep(rehearsal, plan, report)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -152,7 +152,7 @@ class Behind:
         if self._error is not None:
             raise self._error
 
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -20,7 +19,7 @@ TOGETHER = 2
 """Shards that are being judged or wait for it; a further one has to wait before the run goes on."""
 
 
-class Dropping:
+class Dropping(Behind):
     """A thread that has whole shards judged, one after another, and deletes them.
 
     Args:
@@ -29,30 +28,30 @@ class Dropping:
         device_bytes: of a GPU, that judging takes.
         keep: leave the files where they are.
 
-    An error of the judge, such as a disk that cannot be read, is raised by the next `submit` or by `wait`.
+    An error of the judge, such as a disk that cannot be read, is raised by the next `submit` or by `drain`.
     """
 
     def __init__(self, judge: Judging, out: Path, device_bytes: int, *, keep: bool) -> None:
+        super().__init__(1, TOGETHER)
         self.keep = keep
         self.busy, self.waited = 0.0, 0.0
         """Seconds that judging took, and that the run waited for it."""
         self.peak = 0
         """Bytes of OUT on disk when a shard had become whole, at most."""
         self._judge, self._out, self._device_bytes = judge, out, device_bytes
-        self._behind = Behind(1, TOGETHER)
 
     def submit(self, shard: PlannedShard) -> None:
         """Hand over a shard; waits while `TOGETHER` others are not done."""
         begin = time.perf_counter()
         self.peak = max(self.peak, self._on_disk())
-        self._behind.put(partial(self._judge_and_drop, shard.file, shard.header))
+        self.put(partial(self._judge_and_drop, shard.file, shard.header))
         self.waited += time.perf_counter() - begin
 
     def _judge_and_drop(self, file: str, header: bytes) -> None:
         begin = time.perf_counter()
         path = self._out / file
         try:
-            self._judge(file, header, self._behind.check)
+            self._judge(file, header, self.check)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 "The GPU ran out of memory while a shard was judged",
@@ -67,16 +66,3 @@ class Dropping:
 
     def _on_disk(self) -> int:
         return sum(path.stat().st_blocks * 512 for path in self._out.rglob("*") if path.is_file())
-
-    def wait(self, check_stop: Callable[[], None]) -> None:
-        """Until everything that was handed over is judged."""
-        self._behind.drain(check_stop)
-
-    def __enter__(self) -> Dropping:
-        self._behind.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._behind.__exit__(kind, error, trace)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 
 import torch
 
@@ -18,18 +17,17 @@ _TOGETHER = 4
 """Linears whose tensors make one piece for the writer."""
 
 
-class Handover:
+class Handover(Behind):
     """A thread that waits for the device, so that the caller need not. On a CPU everything is done in the call.
 
-    Nothing is done after a failure: a block of which a piece is missing must not be finished. An error in the thread is
-    raised by the next call, or at the end of the context.
+    Nothing is done after a failure: a block of which a piece is missing must not be finished.
     """
 
     def __init__(self, writer: BackgroundWriter, device: torch.device) -> None:
         self._writer = writer
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._behind = Behind(1 if self._stream is not None else 0, _PENDING)
+        super().__init__(1 if self._stream is not None else 0, _PENDING)
 
     def linears(
         self,
@@ -53,11 +51,7 @@ class Handover:
                 some = enumerate(linears[start : start + _TOGETHER], start)
                 self._writer.put(block, [piece for index, linear in some for piece in _pieces(linear, index, whole)])
 
-        self.then(write)
-
-    def then(self, work: Callable[[], None]) -> None:
-        """Do something after all that was handed over before."""
-        self._behind.put(work)
+        self.put(write)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """By way of page-locked memory, which is several times as fast, on a stream beside the computation.
@@ -72,15 +66,6 @@ class Handover:
             host.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._stream)
         return host
-
-    def __enter__(self) -> Handover:
-        self._behind.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._behind.__exit__(kind, error, trace)
 
 
 def _pieces(linear: PlannedLinear, index: int, whole: Mapping[str, memoryview]) -> Iterator[tuple[str, memoryview]]:

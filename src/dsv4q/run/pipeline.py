@@ -239,4 +239,4 @@ class BlockLoop:
             if save is not None:
                 self._streams.drop_before(block, self.plan.blocks)
 
-        handover.then(lambda: self.writer.finish(block, on_disk))
+        handover.put(lambda: self.writer.finish(block, on_disk))
