@@ -42,6 +42,16 @@ def test_tiles_encode_and_measure_as_one_call_does(kind: str, keep: bool, monkey
         torch.testing.assert_close(found, sums, rtol=1e-6, atol=0)
 
 
+def test_a_weight_that_is_exact_in_every_tile_is_exact_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weights("grid", "cpu").flatten(0, 1)[:1, :30]
+    scales = nvfp4_scales(weight[:, None])
+    monkeypatch.setattr(kernels, "TILE", 3 * weight.shape[2])  # ten tiles: ten tenths make less than one in F64
+    _, sums = kernels.nvfp4_encode_measured(
+        weight, scales.block_scale[:, 0], scales.global_scale[:, 0], keep_negative_zero=True
+    )
+    assert sums[0, 0].item() == 1.0
+
+
 @gpu
 @pytest.mark.parametrize("kind", ["grid", "gauss", "heavy"])
 def test_the_gpu_finds_the_grid_that_eager_code_finds(kind: str) -> None:

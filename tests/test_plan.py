@@ -393,6 +393,16 @@ def test_problems_of_the_recipe_are_in_the_plan(tmp_path: Path) -> None:
     assert len(problems) == 5 and "splits modules" in str(problems[0])
 
 
+def test_bounds_are_refused_for_linears_that_have_none(tmp_path: Path) -> None:
+    modules = (r"mlp\.experts\.\d+\.(gate|up|down)_proj", r"self_attn\.(q_a_proj|kv_proj)")
+    linears = [rf"re:model\.layers\.\d+\.{module}$" for module in modules]
+    modifier = {"QuantizationModifier": {"scheme": {"NVFP4": linears}}}
+    raw = {"recipe": {"a_stage": {"a_modifiers": modifier}}, "activations": "bound", "output": {"shards": 2}}
+    problem = only(toy_plan(tmp_path, parse_config(raw)))
+    assert isinstance(problem, ConfigError) and "no analytic bound" in str(problem)
+    assert "the first layers.0.attn.w" in str(problem)
+
+
 def test_problems_of_the_source_come_first(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()

@@ -84,15 +84,17 @@ def _encode_measured_in_tiles(
     tensors, rows, columns = weight.shape
     packed = torch.empty(tensors, rows, columns // 2, dtype=torch.uint8)
     sums = torch.zeros(tensors, 4, dtype=torch.float64)
+    equal = torch.zeros(tensors, dtype=torch.float64)  # elements: shares of them would not add up to 1 exactly
     together, step = max(1, TILE // (rows * columns)), max(1, TILE // columns)
     for t in range(0, tensors, together):
         some = slice(t, t + together)
         for row in range(0, rows, step):
             part = (some, slice(row, row + step))
             packed[part], found = _encode_measured(weight[part], block_scale[part], global_scale[some], keep)
-            found[:, 0] *= weight[part].shape[1] / rows
-            sums[some, :3] += found[:, :3]
+            equal[some] += (found[:, 0] * weight[part][0].numel()).round()
+            sums[some, 1:3] += found[:, 1:3]
             sums[some, 3] = torch.maximum(sums[some, 3], found[:, 3])
+    sums[:, 0] = equal / (rows * columns)
     return packed, sums
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -149,6 +149,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     tensors, misfits = _artifact_tensors(specs, config, dict(selection.group_of))
     problems += misfits
     problems += _unread_by_the_consumer(config)
+    problems += _unbounded_inputs(tensors, config)
     shards = balanced_shards(tensors, config.output.shards)
     needs = estimate(specs, shards, config, dims)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
@@ -188,6 +189,21 @@ def _unread_by_the_consumer(config: Config) -> Iterator[RecipeError]:
                 found=f"weights {weights.strategy} {weights.block_structure or weights.group_size}"
                 + ("" if inputs is None else f", inputs {inputs.strategy}, dynamic: {inputs.dynamic}"),
             )
+
+
+def _unbounded_inputs(tensors: Sequence[PlannedTensor], config: Config) -> Iterator[ConfigError]:
+    """Input scales that `activations: bound` cannot give: only those of routed experts have a bound."""
+    if config.activations.scales != "bound":
+        return
+    others = [t.name for t in tensors if t.name.endswith(".input_global_scale") and t.spec.expert is None]
+    if others:
+        yield ConfigError(
+            "Input scales of linears outside the experts have no analytic bound",
+            where="activations: bound",
+            expected="input scales of routed experts alone",
+            found=f"{len(others)} others, the first {others[0]}",
+            hint="calibrate on data, or quantize these linears in a scheme without global input scales",
+        )
 
 
 def _artifact_tensors(
