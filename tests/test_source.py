@@ -128,11 +128,11 @@ def test_read_into_fills_a_buffer_of_the_caller(healthy: Path) -> None:
     assert buffer.tolist() == list(range(16))
 
 
-def test_a_part_of_a_tensor_and_its_copy_are_its_bytes(healthy: Path) -> None:
+def test_a_part_of_a_tensor_and_what_was_fetched_of_it_are_its_bytes(healthy: Path) -> None:
     part, whole = bytearray(5), torch.zeros(2, 3)
     with scan(healthy) as checkpoint:
         checkpoint.read_part("d", 7, memoryview(part))
-        checkpoint.copy_to("a", whole)
+        checkpoint.fetched("a")(whole)
     assert list(part) == [7, 8, 9, 10, 11]
     assert torch.equal(whole, torch.arange(6.0).reshape(2, 3))
 

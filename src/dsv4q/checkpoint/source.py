@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -176,13 +176,18 @@ class Checkpoint:
         """
         return self.decoded(name, [part.to(device) for part in self.stored(name)])
 
-    def copy_to(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor's values into `tensor`, of its dtype and shape, on any device.
+    def fetched(self, name: str, *, pinned: bool = False) -> Callable[[torch.Tensor], None]:
+        """Read a tensor now, on whatever thread; the function that it gives writes its values into a tensor anywhere.
 
         Raises:
-            SourceError, WeightError: as `tensor`.
+            SourceError, and WeightError from the function: as `tensor`.
         """
-        tensor.copy_(self.tensor_on(name, tensor.device))
+        stored = self.stored(name, pinned=pinned)
+
+        def write(tensor: torch.Tensor) -> None:
+            tensor.copy_(self.decoded(name, [part.to(tensor.device, non_blocking=pinned) for part in stored]))
+
+        return write
 
     def is_whole(self, name: str) -> bool:
         """Whether a tensor's bytes are as many as dtype and shape need, and its file is long enough to hold them."""

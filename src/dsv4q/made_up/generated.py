@@ -21,9 +21,9 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -140,6 +140,10 @@ class GeneratedCheckpoint(Checkpoint):
                 at = extent.offset + begin - extent.start
                 # NumPy lets other threads run while it copies.
                 there[begin - start : end - start] = self.pool(extent.kind)[at : at + end - begin]
+
+    def fetched(self, name: str, *, pinned: bool = False) -> Callable[[torch.Tensor], None]:
+        """See `Checkpoint.fetched`; there is nothing to read, values are copied on the device itself."""
+        return partial(self.copy_to, name)
 
     def copy_to(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor's values into `tensor`, contiguous and of its dtype and shape, on any device."""

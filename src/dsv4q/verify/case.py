@@ -118,6 +118,8 @@ class Case:
     """By role of linears."""
     exact: Counter[str] = field(default_factory=Counter)
     """Linears by role that were seen to be their source bit for bit and are not in `errors`."""
+    rounded: set[str] = field(default_factory=set)
+    """Groups of which a whole batch was not exact; their other linears are judged one by one at once."""
 
     def differs(self, check: str, name: str, expected: str, found: str) -> None:
         """Log a difference of one tensor."""

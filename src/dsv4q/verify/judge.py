@@ -189,7 +189,13 @@ class Judge:
         self._check_attention_scales()
         if self.case.source is not None:
             compare_folders(self.case)
+        before = len(self.log.differences)
         self._judge_values(list(self.case.sound), progress)
+        # Linears are judged in batches of one shape; what is wrong is told in the layout's order.
+        order = {module: number for number, module in enumerate(self.contract.schemes)}
+        self.log.differences[before:] = sorted(
+            self.log.differences[before:], key=lambda one: order.get((one.tensor or "").rpartition(".")[0], -1)
+        )
 
     def shard(self, file: str, header: bytes, check_stop: Callable[[], None]) -> None:
         """Judge one shard, of which nothing is needed afterwards.

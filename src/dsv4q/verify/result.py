@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class ClassErrors(Errors):
             "power_of_two_scales": self.power_of_two_scales,
             "max_relative_error": max(errors, default=0.0),
             "worst": max(self.each, key=lambda name: self.each[name].relative, default=None),
-            "mean_relative_error": sum(errors) / len(errors) if errors else 0.0,
+            "mean_relative_error": math.fsum(errors) / len(errors) if errors else 0.0,
             "min_sqnr_db": min(ratios, default=None),
         }
 

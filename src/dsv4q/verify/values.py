@@ -21,7 +21,7 @@ class ValueChecks:
     """Makes the work on tensors that lie on disk together, and remembers what other shards must be held against.
 
     Args:
-        quick: judge linears in batches, and leave those that are exact out of the statistics.
+        quick: leave linears that are exact out of the statistics.
     """
 
     def __init__(self, case: Case, *, quick: bool) -> None:
@@ -48,16 +48,16 @@ class ValueChecks:
             batch = batches[(scheme.group, spec.shape, *kinds)]
             batch.append(spec)
             if (len(batch) + 1) * 2 * spec.nbytes > BATCH_BYTES:
-                yield LinearBatch(case, scheme, tuple(batch))
+                yield LinearBatch(case, scheme, tuple(batch), quick=self.quick)
                 batch.clear()
         for batch in filter(None, batches.values()):
-            yield LinearBatch(case, case.contract.schemes[batch[0].module], tuple(batch))
+            yield LinearBatch(case, case.contract.schemes[batch[0].module], tuple(batch), quick=self.quick)
         if pairs:
             yield SharedScales(case, pairs, self._kept)
 
     def _goes_into_batch(self, spec: TensorSpec, scheme: StoredScheme) -> bool:
         source = self.case.source
-        if not (self.quick and scheme.in_batches) or source is None or self.case.is_lost(spec.name):
+        if not scheme.in_batches or scheme.group in self.case.rounded or source is None or self.case.is_lost(spec.name):
             return False
         return self.case.source_fault(spec) is None and source.tensors[spec.name].dtype == "BF16"
 
