@@ -85,6 +85,14 @@ def test_reports_are_compared_without_times_and_floats_to_six_digits() -> None:
     assert same_bytes.fact_differences(facts[0], facts[2]) == expected
 
 
+def test_the_worst_of_tensors_without_error_does_not_count() -> None:
+    one, other = ({"errors": {"worst": worst, "worst_tensor": name}} for worst, name in ((0.0, "a"), (0.0, "b")))
+    assert same_bytes.facts(one) == same_bytes.facts(other)
+    assert same_bytes.facts({"worst": 0.1, "worst_tensor": "a"}) != same_bytes.facts(
+        {"worst": 0.1, "worst_tensor": "b"}
+    )
+
+
 def test_a_comparison_counts_a_run_that_differs_from_the_others_of_its_checkout(tmp_path: Path) -> None:
     checkout = Checkout("A", tmp_path, tmp_path)
     comparison = same_bytes.Comparison(checkout, Checkout("B", tmp_path, tmp_path), {})
