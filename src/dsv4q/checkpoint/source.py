@@ -147,7 +147,7 @@ class Checkpoint:
             pinned: in page-locked memory, from which copies to a GPU run at full speed.
 
         Raises:
-            SourceError: as `read`.
+            SourceError: as `tensor`.
         """
         return (self._filled(self._entry(name), pinned),)
 
@@ -163,7 +163,15 @@ class Checkpoint:
     def _filled(self, entry: TensorEntry, pinned: bool) -> torch.Tensor:
         import torch
 
-        tensor = torch.empty(entry.shape, dtype=torch_dtypes()[entry.dtype], pin_memory=pinned)
+        dtype = torch_dtypes().get(entry.dtype)
+        if dtype is None or math.prod(entry.shape) * DTYPE_BYTES[entry.dtype] != entry.nbytes:
+            raise SourceError(
+                "A tensor cannot be made of these bytes",
+                where=f"{self.root / entry.file}: {shown(entry.name)}",
+                found=f"{entry.nbytes:,} bytes as {shown(entry.dtype)} {list(entry.shape)}",
+                hint=AGAIN,
+            )
+        tensor = torch.empty(entry.shape, dtype=dtype, pin_memory=pinned)
         if entry.nbytes:
             self.read_into(entry.name, tensor.view(-1).view(torch.uint8).numpy().data)
         return tensor
@@ -206,20 +214,7 @@ class Checkpoint:
         Raises:
             SourceError: as `read`; a dtype that torch lacks; a size that is not that of dtype and shape.
         """
-        import torch
-
-        entry = self._entry(name)
-        dtype = torch_dtypes().get(entry.dtype)
-        if dtype is None or math.prod(entry.shape) * DTYPE_BYTES[entry.dtype] != entry.nbytes:
-            raise SourceError(
-                "A tensor cannot be made of these bytes",
-                where=f"{self.root / entry.file}: {shown(name)}",
-                found=f"{entry.nbytes:,} bytes as {shown(entry.dtype)} {list(entry.shape)}",
-                hint=AGAIN,
-            )
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        self.read_into(name, raw.numpy().data)
-        return raw.view(dtype).reshape(entry.shape) if entry.nbytes else torch.empty(entry.shape, dtype=dtype)
+        return self._filled(self._entry(name), pinned=False)
 
     def fingerprint(self) -> dict[str, Any]:
         """The source's identity as JSON: digests of config.json, of every shard's header and of samples of its data.

@@ -114,23 +114,22 @@ class BlockLoop:
 
     model: DeepseekV4ForCausalLMWithMTP
     plan: Plan
+    work: WorkTable
     source: Checkpoint
     writer: BackgroundWriter
     journal: Journal
     data: CalibrationData | None
     device: torch.device
+    ranks: Ranks
     advance: Callable[[str, int], None]
     """Called with the block's name and the number of source bytes done with."""
     check_stop: Callable[[], None]
     """Called where the run may be stopped; raises KeyboardInterrupt if it shall be."""
-    ranks: Ranks = field(default_factory=Ranks)
-    _work: WorkTable = field(init=False)
     _streams: ResidualStreams = field(init=False)
     _begin: float = field(default_factory=time.monotonic, init=False)
 
     def __post_init__(self) -> None:
         share = self.ranks.share
-        self._work = WorkTable(self.plan, share.count)
         shapes = [(*ids.shape, self.plan.dims.hc_mult, self.plan.dims.hidden) for ids in self._batches]
         self._streams = ResidualStreams(self.journal.folder, self.device, shapes, share.among(len(shapes)))
 
@@ -164,7 +163,7 @@ class BlockLoop:
 
     def _again(self) -> list[BlockTask]:
         """Finished blocks that must be computed once more, for the residual streams behind them were not saved."""
-        forward = [block for block in self.plan.blocks if self._work.is_forward(block)]
+        forward = [block for block in self.plan.blocks if self.work.is_forward(block)]
         finished = [block for block in forward if block in self.journal.done]
         if self.ranks.is_leader:
             self._streams.forget_but(finished)
@@ -176,7 +175,7 @@ class BlockLoop:
         return [self._task(block, encode=False) for block in missing]
 
     def _task(self, block: str, *, encode: bool) -> BlockTask:
-        return BlockTask(block, self._work.blocks[block], self.ranks.share.rank, encode)
+        return BlockTask(block, self.work.blocks[block], self.ranks.share.rank, encode)
 
     # ------------------------------------------------------------------------------------------------ who works on it
 
@@ -186,7 +185,7 @@ class BlockLoop:
 
     def _worker(self, handover: Handover, to_encode: frozenset[str]) -> BlockWorker:
         return BlockWorker(
-            self.model, self.plan, self._work, self.source, self._batches, self._streams, self.device, self.ranks,
+            self.model, self.plan, self.work, self.source, self._batches, self._streams, self.device, self.ranks,
             handover, to_encode, self.advance, self.check_stop,
         )  # fmt: skip
 
@@ -220,7 +219,7 @@ class BlockLoop:
 
     def _finish(self, block: str, record: BlockRecord, watch: Stopwatch, handover: Handover) -> None:
         """Have the block made durable and written into the journal, behind the computation."""
-        wanted = self._work.is_forward(block) and self.ranks.from_leader(self._streams.should_be_saved)
+        wanted = self.work.is_forward(block) and self.ranks.from_leader(self._streams.should_be_saved)
         save = self._streams.to_save() if wanted else None
 
         def on_disk(digests: Mapping[str, str], seconds: float) -> None:

@@ -85,8 +85,9 @@ def _run_blocks(run: Run, journal: Journal, writer: ShardWriter, console: Consol
     """`oneshot` on a model without memory, with our pipeline; it reads, calibrates, encodes and writes."""
     from dsv4q.run.pipeline import BlockLoop, run_oneshot
 
-    work = WorkTable(run.plan).blocks
-    nbytes = {block: sum(w.spec.nbytes for w in work[block]) for block in work if run.plan.block_tensors(block)}
+    work = WorkTable(run.plan, run.ranks.share.count)
+    todo = {block: part for block, part in work.blocks.items() if run.plan.block_tensors(block)}
+    nbytes = {block: sum(w.spec.nbytes for w in part) for block, part in todo.items()}
     with (
         stoppable() as check_stop,
         BackgroundWriter(writer) as behind,
@@ -98,7 +99,7 @@ def _run_blocks(run: Run, journal: Journal, writer: ShardWriter, console: Consol
             run.plan,
             journal.folder,
             lambda model: BlockLoop(
-                model, run.plan, run.source, behind, journal, run.data, run.device, advance, check_stop, run.ranks
+                model, run.plan, work, run.source, behind, journal, run.data, run.device, run.ranks, advance, check_stop
             ),
         )
 
