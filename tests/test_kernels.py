@@ -10,7 +10,7 @@ from dsv4q.formats import kernels
 from dsv4q.formats.compare import error_sums
 from dsv4q.formats.encode import nvfp4_decode, nvfp4_encode
 from dsv4q.formats.exact import nvfp4_grid, nvfp4_scales, round_e2m1
-from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
+from dsv4q.formats.native import decode_into, fp8_to_bf16, mxfp4_to_bf16
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -103,4 +103,14 @@ def test_the_gpu_decodes_every_native_code_and_scale_as_the_cpu_does(form: str) 
     decode = mxfp4_to_bf16 if form == "mxfp4" else fp8_to_bf16
     codes, scales = _every_code_and_scale(form)
     there, here = decode(codes.cuda(), scales.cuda()), decode(codes, scales)
+    assert torch.equal(there.cpu().view(torch.int16), here.view(torch.int16))
+
+
+@gpu
+def test_the_gpu_decodes_mxfp4_into_place_as_the_cpu_does() -> None:
+    codes, scales = _every_code_and_scale("mxfp4")
+    codes, scales = codes.reshape(1, -1, 32).repeat(2, 1, 2), scales.reshape(1, -1, 2).repeat(2, 1, 2)
+    here, there = (torch.empty((*codes.shape[:-1], 128), dtype=torch.bfloat16, device=d) for d in ("cpu", "cuda"))
+    decode_into(codes, scales, here)
+    decode_into(codes.cuda(), scales.cuda(), there)
     assert torch.equal(there.cpu().view(torch.int16), here.view(torch.int16))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,18 @@ from dsv4q.checkpoint.against_layout import compare_with_layout
 from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.native import FP8, MXFP4, NativeCheckpoint, as_source, open_source, release_form, scan_source
+from dsv4q.checkpoint.pipes import Stopped
 from dsv4q.checkpoint.source import INDEX, Checkpoint, scan
 from dsv4q.config import load_config
 from dsv4q.errors import SourceError, WeightError
-from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
-from dsv4q.layout import DTYPE_BYTES, Dims, Role, source_tensors
+from dsv4q.formats.native import decode_into, doubtful, fp8_to_bf16, mxfp4_to_bf16
+from dsv4q.layout import DTYPE_BYTES, Dims, Role, TensorSpec, source_tensors
 from dsv4q.made_up.native import codes_and_scales, grid_form, native_form, stored_specs
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.plan.plan import make_plan
 from dsv4q.quantize import Job
-from dsv4q.run.loader import PackedExperts
+from dsv4q.run import pipeline
+from dsv4q.run.memory import ExpertMemory, memory_maker, place_of
 from dsv4q.verify.judge import verify
 from runs import CONFIGS, FLASH, at_toy_size, finished_files, run
 
@@ -369,31 +372,100 @@ def test_nan_scale_stops_the_run_by_name_and_loses_nothing(
 # ------------------------------------------------------------------------------------------------ layout
 
 
-def packed_weights(source: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every routed expert's weight, decoded together as for a GPU."""
-    specs = [s for s in source_tensors(Dims.from_config(source.config)) if s.role == Role.ROUTED_EXPERT]
-    places = {spec.name: torch.full(spec.shape, float("nan"), dtype=torch.bfloat16) for spec in specs}
-    packed = PackedExperts(source)
+def loaded_experts(source: Checkpoint, step: int) -> tuple[ExpertMemory, list[TensorSpec]]:
+    """The routed experts of the first block, packed, of which `step` are had as BF16 at once."""
+    dims = Dims.from_config(source.config)
+    specs = [s for s in source_tensors(dims) if s.role == Role.ROUTED_EXPERT and s.block == "layers.0"]
+    make = memory_maker(source, dims, [s.name for s in specs], torch.device("cpu"), packed=True, step=step)
+    memory = make()
     for spec in specs:
-        packed.add(spec, list(source.stored(spec.name)), places[spec.name])
-    packed.decode()
-    return places
+        memory.place(spec, source.stored(spec.name), lambda: False)
+    memory.keep()
+    memory.begin()
+    return memory, specs
 
 
-def test_packed_experts_decoded_together_are_those_decoded_alone(twins: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("step", [1, 2])
+def test_experts_that_stay_packed_are_had_as_the_bf16_that_they_stand_for(twins: tuple[Path, Path], step: int) -> None:
     with open_source(twins[0]) as source:
-        found = packed_weights(source)
-        assert found and all(torch.equal(found[n].view(torch.int16), source.tensor(n).view(torch.int16)) for n in found)
+        memory, specs = loaded_experts(source, step)
+        for _ in range(2):  # as for a second micro-batch
+            for spec in specs:
+                stack, expert, projection = place_of(spec)
+                part = next(part for part in memory.parts() if part.start <= expert < part.stop)
+                found = memory.weights(stack, part)[expert - part.start, projection]
+                assert torch.equal(found.view(torch.int16), source.tensor(spec.name).view(torch.int16)), spec.name
 
 
-def test_of_experts_decoded_together_the_one_with_a_nan_scale_is_named(
+def test_of_packed_experts_the_one_with_a_nan_scale_is_told(
     release: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    bad = "layers.1.ffn.experts.1.w2"
+    bad = "layers.0.ffn.experts.1.w2"
     damaged = altered(release[0], tmp_path / "bad", f"{bad}.scale", lambda raw: raw.__setitem__(5, 0xFF))
-    with open_source(damaged) as source, pytest.raises(WeightError) as caught:
-        packed_weights(source)
-    assert str(caught.value.where).startswith(f"{bad}.weight in ")
+    with open_source(damaged) as source:
+        memory, specs = loaded_experts(source, 1)
+        told = [s.name for s, fine in zip(specs, memory.fine(specs).tolist(), strict=True) if not fine]
+    assert told == [f"{bad}.weight"]
+
+
+def test_the_next_blocks_experts_wait_until_their_places_are_free(twins: tuple[Path, Path]) -> None:
+    with open_source(twins[0]) as source, ThreadPoolExecutor(1) as loading:
+        memory, specs = loaded_experts(source, 1)
+        first, last = (next(s for s in specs if place_of(s)[:2] == ("down", e)) for e in (0, memory.experts - 1))
+        before = memory.weights("down", slice(0, 1)).clone()
+        changed = [part.view(torch.uint8) ^ 1 for part in source.stored(first.name)]
+        waiting = loading.submit(memory.place, first, changed, lambda: False)
+        assert not wait([waiting], timeout=0.3).done
+        assert torch.equal(memory.weights("down", slice(0, 1)), before)
+        memory.release("down", 1)
+        waiting.result(timeout=10)
+        with pytest.raises(Stopped):
+            memory.place(last, source.stored(last.name), lambda: True)
+
+
+def test_a_block_that_is_done_gives_nothing_of_the_next_one_away(twins: tuple[Path, Path]) -> None:
+    with open_source(twins[0]) as source:
+        memory, specs = loaded_experts(source, 2)
+        for stack, part in (("gate_up", slice(0, 2)), ("down", slice(0, 2))):
+            memory.weights(stack, part)  # all are decoded, so the next block may come in
+        for spec in specs:
+            memory.place(spec, source.stored(spec.name), lambda: False)
+        memory.keep()
+        memory.release_all()
+        with pytest.raises(Stopped):
+            memory.place(specs[0], source.stored(specs[0].name), lambda: True)
+
+
+@pytest.mark.parametrize("config", ["toy", "nvfp4-fp8-mtp-minmax"])
+def test_experts_decoded_one_at_a_time_give_the_same_artifact(
+    release: tuple[Path, Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    steps = []
+
+    def one_at_a_time(*args: Any, step: int, **kwargs: Any) -> Callable[[], ExpertMemory]:
+        steps.append(step)
+        return memory_maker(*args, step=1, **kwargs)
+
+    run(job(release[0], tmp_path / "all", config))
+    monkeypatch.setattr(pipeline, "memory_maker", one_at_a_time)
+    run(job(release[0], tmp_path / "one", config))
+    assert steps == [2]
+    names = [name for name in finished_files(tmp_path / "all") if name.endswith(".safetensors")]
+    assert names and all((tmp_path / "all" / n).read_bytes() == (tmp_path / "one" / n).read_bytes() for n in names)
+
+
+@given(st.data())
+def test_a_weight_beyond_doubt_is_decoded_and_never_refused(data: st.DataObject) -> None:
+    is_fp8 = data.draw(st.booleans())
+    scale = codes(data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 127, 245, 246, 247, 251, 252, 253, 254, 255]),
+                                     min_size=2, max_size=2))).reshape(2, 1, 1)  # fmt: skip
+    weight = codes(data.draw(st.lists(st.integers(0, 255), min_size=32, max_size=32))).reshape(2, 1, 16)
+    weight = weight.view(torch.float8_e4m3fn) if is_fp8 else weight
+    out = torch.empty((2, 1, 16 if is_fp8 else 32), dtype=torch.bfloat16)
+    decode_into(weight, scale, out)
+    for one in (~doubtful(weight, scale)).nonzero().flatten().tolist():
+        true = (fp8_to_bf16 if is_fp8 else mxfp4_to_bf16)(weight[one], scale[one])
+        assert torch.equal(out[one].view(torch.int16), true.view(torch.int16))
 
 
 def altered(source: Path, out: Path, name: str, change: Callable[[bytearray], None]) -> Path:

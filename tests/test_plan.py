@@ -171,8 +171,9 @@ def test_memory_needed_is_a_few_blocks_whatever_the_number_of_layers(tmp_path: P
 
 
 def test_memory_needed_holds_a_main_layer_and_what_is_made_of_it(full: Plan) -> None:
-    assert 13.16e9 + 3.80e9 < full.estimate.gpu < 30e9
-    assert full.estimate.gpu < full.estimate.host < 40e9
+    least, most = full.estimate.gpu_least, full.estimate.gpu[0].nbytes
+    assert 13.16e9 + 3.80e9 < least < full.estimate.host < 40e9
+    assert least + 12.9e9 < most < 45e9
 
 
 def test_a_larger_micro_batch_needs_more_memory_and_no_more_disk(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_larger_micro_batch_needs_more_memory_and_no_more_disk(tmp_path: Path)
     assert toy is not None
     batches = (toy.model_copy(update={"micro_batch": n}) for n in (1, 8))
     small, large = (toy_plan(tmp_path, shipped("toy", calibration=c)).estimate for c in batches)
-    assert small.gpu < large.gpu and small.host < large.host and small.disk == large.disk
+    assert small.gpu_least < large.gpu_least and small.host < large.host and small.disk == large.disk
 
 
 def test_a_large_calibration_set_is_spilled_to_disk_within_four_blocks_of_host_memory() -> None:

@@ -13,7 +13,8 @@ from dsv4q.config import Config, load_config, parse_config
 from dsv4q.formats.kernels import swiglu
 from dsv4q.quantize import Job
 from dsv4q.run import stacked as stacks
-from dsv4q.run.experts import BatchedExperts, ExpertMemory
+from dsv4q.run.experts import BatchedExperts
+from dsv4q.run.memory import WideExperts
 from runs import CONFIGS, finished_files, run, toy_job
 
 
@@ -77,10 +78,10 @@ def test_the_shipped_schemes_are_known_to_the_stacks(stacked: Stacked) -> None:
     assert stacked.layouts and all(layout is not None for layout in stacked.layouts)
 
 
-def random_memory(experts: int) -> ExpertMemory:
+def random_memory(experts: int) -> WideExperts:
     generator = torch.Generator().manual_seed(experts)
-    shapes = (experts, 2, 32, 64), (experts, 1, 64, 32)
-    return ExpertMemory(*((torch.randn(s, generator=generator) / 8).to(torch.bfloat16) for s in shapes))
+    shapes = {"gate_up": (experts, 2, 32, 64), "down": (experts, 1, 64, 32)}
+    return WideExperts({n: (torch.randn(s, generator=generator) / 8).to(torch.bfloat16) for n, s in shapes.items()})
 
 
 @pytest.mark.parametrize("all_tokens", [True, False])

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from dsv4q import __version__
 from dsv4q.checkpoint.native import scan_source
-from dsv4q.console import Console, console_of, human_bytes, human_seconds, is_first_rank
+from dsv4q.console import Console, bytes_of, console_of, human_bytes, human_seconds, is_first_rank
 from dsv4q.errors import Interrupted, UsageError
 from dsv4q.evaluation.show import show_evaluation
 from dsv4q.host import free_bytes, stoppable
@@ -51,6 +51,10 @@ Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run in OUT, or start it over.")
 ]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="What to make: a YAML file, see configs/.")]
+GpuMemory = Annotated[
+    int | None,
+    typer.Option(parser=bytes_of, metavar="BYTES", help="Of a GPU use no more than this, such as 16GB or 24GiB."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -111,6 +115,7 @@ def plan(
         Path | None, typer.Option(help="Write the planned artifact here as sparse files: true headers, no data.")
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, max=4096, help="Say what each of so many ranks would do.")] = 1,
+    gpu_memory: GpuMemory = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -119,7 +124,8 @@ def plan(
     Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
     from dsv4q.config import load_config
-    from dsv4q.plan.plan import make_plan
+    from dsv4q.plan.needs import gpu_problem
+    from dsv4q.plan.plan import make_plan, with_problem
     from dsv4q.plan.work import WorkTable
     from dsv4q.report.show import show_plan, show_ranks
 
@@ -127,9 +133,10 @@ def plan(
     parsed = load_config(config)
     with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
+    made = with_problem(made, gpu_problem(made.estimate, gpu_memory))
     shares = WorkTable(made, ranks).by_rank() if ranks > 1 else []
     console.data(made.as_dict() | ({"ranks": shares} if shares else {}))
-    show_plan(made, console)
+    show_plan(made, console, gpu_memory)
     if shares:
         show_ranks(shares, console)
     if skeleton is not None and not made.problems:
@@ -152,6 +159,7 @@ def quantize(
         str | None, typer.Option(help="Calibrate on this dataset instead of the config's: hub id, folder or JSONL.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    gpu_memory: GpuMemory = None,
     resume: Resume = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan that the run would execute; stop.")
@@ -173,11 +181,11 @@ def quantize(
     parsed = load_config(config)
     if data is not None:
         parsed = with_dataset(parsed, data)
-    job = story.Job(source=source, out=out, config=parsed, device=device, resume=resume)
+    job = story.Job(source, out, parsed, device, gpu_memory, resume)
     if dry_run:
         made = story.prepare(job)
         console.data(made.as_dict())
-        show_plan(made, console)
+        show_plan(made, console, gpu_memory)
         if made.problems:
             raise typer.Exit(1)
         return
@@ -203,6 +211,7 @@ def rehearse(
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the shards: OUT becomes a complete artifact.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    gpu_memory: GpuMemory = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -216,7 +225,7 @@ def rehearse(
     from dsv4q.report.rehearsal import show_rehearsal
 
     console = console_of(as_json, quiet)
-    wanted = story.Rehearsal(out, load_config(config), source or story.FLASH, layers, keep, device)
+    wanted = story.Rehearsal(out, load_config(config), source or story.FLASH, layers, keep, device, gpu_memory)
     result = story.rehearse(wanted, console)
     console.data(result)
     show_rehearsal(result, console)

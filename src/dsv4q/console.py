@@ -60,6 +60,20 @@ def human_bytes(n: int) -> str:
     return f"{value / 1000:.2f} TB"
 
 
+def bytes_of(text: str) -> int:
+    """Bytes that a person means: `16GB`, `16 GiB`, `1.5TB`, `16000000000`; G alone is GB.
+
+    Raises:
+        ValueError: another text, or nothing above zero.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    power = 0 if found is None or found[2] is None else "kmgt".index(found[2].lower()) + 1
+    nbytes = 0 if found is None else int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if nbytes <= 0:
+        raise ValueError(f"{text!r} is no number of bytes such as 16GB or 24GiB")
+    return nbytes
+
+
 def human_seconds(s: float) -> str:
     """Seconds as people say them, two parts at most: `0.42 s`, `3.1 s`, `42 s`, `12 min 05 s`, `2 h 07 min`."""
     for limit, digits in ((1, 2), (10, 1), (60, 0)):

@@ -21,6 +21,7 @@ from dsv4q.config import Config
 from dsv4q.console import Console
 from dsv4q.errors import first_problem
 from dsv4q.host import free_bytes
+from dsv4q.plan.needs import gpu_problem
 from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report
@@ -40,6 +41,8 @@ class Job:
     out: Path
     config: Config
     device: str = "auto"
+    gpu_memory: int | None = None
+    """Bytes of a GPU that may be used."""
     resume: bool = True
 
 
@@ -59,7 +62,8 @@ def _plan(job: Job, source: Checkpoint) -> Plan:
     free = free_bytes(job.out)
     plan = make_plan(source, job.config, free_disk=free)
     disk = disk_problem(job.out, plan.estimate.disk, free)
-    for problem in (place_problem(job.out), disk, data_problem(job.config, job.source)):
+    gpu = gpu_problem(plan.estimate, job.gpu_memory)
+    for problem in (place_problem(job.out), disk, data_problem(job.config, job.source), gpu):
         plan = with_problem(plan, problem)
     return plan
 
@@ -109,11 +113,11 @@ def _quantize(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks, console: C
 def begin(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks) -> Run:
     """All that the run works with; what takes seconds begins here."""
     now = time.time()
-    device = run_device(ranks.device_name(job.device), plan)
+    device, gpu = run_device(ranks.device_name(job.device), plan, job.gpu_memory)
     data = load_data(job.config, job.source, plan.dims.vocab)
     finished = finished_report(job.out)
     same_threads(finished["identity"] if finished else Journal.identity_of(job.out) if job.resume else None)
-    return Run(job.out, plan, source, data, device, ranks, begin=now)
+    return Run(job.out, plan, source, data, device, gpu, ranks, begin=now)
 
 
 def _journal(job: Job, run: Run, identity: dict[str, Any], console: Console) -> Journal:

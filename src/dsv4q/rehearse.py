@@ -29,7 +29,7 @@ from dsv4q.host import free_bytes, stoppable
 from dsv4q.layout import Dims
 from dsv4q.made_up.cut import chosen_layers, cut_config
 from dsv4q.made_up.generated import GeneratedCheckpoint
-from dsv4q.plan.needs import Estimate
+from dsv4q.plan.needs import Estimate, gpu_problem
 from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report
@@ -64,6 +64,8 @@ class Rehearsal:
     keep: bool = False
     """Leave a complete artifact instead of deleting each shard after it was judged."""
     device: str = "auto"
+    gpu_memory: int | None = None
+    """Bytes of a GPU that may be used."""
 
     @property
     def folder(self) -> Path:
@@ -102,7 +104,8 @@ def prepare(rehearsal: Rehearsal) -> Prepared:
         source = GeneratedCheckpoint.of(cut_config(whole_config, layers), rehearsal.source)
         plan = _cut_plan(source, rehearsal.config, whole)
     plan = replace(plan, estimate=_estimate(plan, source, rehearsal.keep), free_disk=free_bytes(rehearsal.out))
-    for problem in (place_problem(rehearsal.out), disk_problem(rehearsal.out, plan.estimate.disk, plan.free_disk)):
+    disk = disk_problem(rehearsal.out, plan.estimate.disk, plan.free_disk)
+    for problem in (place_problem(rehearsal.out), disk, gpu_problem(plan.estimate, rehearsal.gpu_memory)):
         plan = with_problem(plan, problem)
     return Prepared(plan, source, layers, whole)
 
@@ -124,7 +127,7 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     if plan.problems:
         raise first_problem(plan.problems, "`dsv4q plan` on the same config.json lists them all")
     begin = time.time()
-    device = run_device(rehearsal.device, plan)
+    device, gpu = run_device(rehearsal.device, plan, rehearsal.gpu_memory)
     data = calibration(rehearsal, plan)
     console.talk(_announcement(rehearsal, prepared, data))
     prepared.source.make_pools()
@@ -137,7 +140,7 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     judge = Judge(out, contract, log, source=prepared.source, deep=True, device=device, quick=True)
     dropping = Dropping(judge.shard, out, DEVICE_BYTES, keep=rehearsal.keep)
     make_writer = partial(ShardWriter, on_whole=dropping.submit)
-    run = Run(out, plan, prepared.source, data, device, Ranks(), make_writer, begin)
+    run = Run(out, plan, prepared.source, data, device, gpu, Ranks(), make_writer, begin)
     identity = run.identity() | {"rehearsal": True}
     journal = Journal.open(out, identity, resume=False)
     finished = False
@@ -201,8 +204,7 @@ def _estimate(plan: Plan, source: GeneratedCheckpoint, keep: bool) -> Estimate:
     return replace(
         plan.estimate,
         host=plan.estimate.host + pools + 2 * BUDGET,
-        gpu=plan.estimate.gpu + pools + DEVICE_BYTES,
-        gpu_ahead=plan.estimate.gpu_ahead + pools + DEVICE_BYTES,
+        gpu=tuple(replace(use, nbytes=use.nbytes + pools + DEVICE_BYTES) for use in plan.estimate.gpu),
         disk=plan.estimate.disk if keep else _disk(plan),
     )
 

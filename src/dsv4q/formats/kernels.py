@@ -98,6 +98,21 @@ def _encode_measured_in_tiles(
     return packed, sums
 
 
+@torch.no_grad()
+def mxfp4_decode(packed: Tensor, scale: Tensor, out: Tensor) -> bool:
+    """Dequantize MXFP4 into BF16 [..., M, N], or say no where eager code (`native.decode_into`) has to.
+
+    Args:
+        packed: U8 or I8 [..., M, N/2], contiguous.
+        scale: F8_E8M0 or U8 [..., M, N/32], contiguous.
+    """
+    kernels = _for(out) if out.shape[-1] % 32 == 0 and packed.is_contiguous() and scale.is_contiguous() else None
+    if kernels is None:
+        return False
+    kernels.mxfp4_decode(packed.view(torch.uint8), scale.view(torch.uint8), out)
+    return True
+
+
 def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit) of an expert, written into `gate`; `up` is consumed too.
 

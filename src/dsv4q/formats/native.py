@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dsv4q.errors import WeightError
 from dsv4q.formats.dtypes import e2m1_pairs
-from dsv4q.formats.encode import FP8_BLOCK
+from dsv4q.formats.encode import FP8_BLOCK, TILE
+from dsv4q.formats.kernels import mxfp4_decode
 
 MXFP4_GROUP = 32
 E8M0_BIAS = 127
@@ -29,6 +30,8 @@ _SAFE_MXFP4 = (0, 125 + E8M0_BIAS)
 """E8M0 codes under which every E2M1 value is a BF16 number: multiples of 2^-128 up to 1.5 * 2^127."""
 _SAFE_FP8 = (-124 + E8M0_BIAS, 119 + E8M0_BIAS)
 """The same for E4M3, whose values are multiples of 2^-9 up to 1.75 * 2^8; BF16's are multiples of 2^-133."""
+_TOGETHER = {"cpu": TILE, "cuda": 1 << 27}
+"""Elements that are decoded at once: bounds the temporaries to some MB, some hundred MB on a GPU."""
 _AGAIN = "get this shard again; what is finished so far is kept, and the same command resumes"
 
 
@@ -50,13 +53,19 @@ def mxfp4_to_bf16(packed: Tensor, scale: Tensor, where: str = "") -> Tensor:
     """
     columns = packed.shape[-1] * 2
     _check(scale, (*packed.shape[:-1], -(-columns // MXFP4_GROUP)))
-    codes = _e8m0_codes(scale, where)
+    codes = _e8m0_codes(scale)
+    _refuse_nan_scale(codes, where)
+    return _product(*_mxfp4_factors(packed, codes), codes, _SAFE_MXFP4, where)
+
+
+def _mxfp4_factors(packed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """E2M1 values and powers of two, both BF16 [..., M, N]."""
+    columns = packed.shape[-1] * 2
     # A pair moves as one I32; in memory its low half is first, so on little-endian machines only.
     both = e2m1_pairs(torch.bfloat16, packed.device).view(torch.int32).flatten()
     pairs = both.index_select(0, packed.view(torch.uint8).flatten().to(torch.int32))
     values = pairs.view(torch.bfloat16).view(*packed.shape[:-1], columns)
-    factors = _spread(codes, MXFP4_GROUP, columns)
-    return _product(values, factors, codes, _SAFE_MXFP4, where)
+    return values, _spread(codes, MXFP4_GROUP, columns)
 
 
 @torch.no_grad()
@@ -79,12 +88,56 @@ def fp8_to_bf16(weight: Tensor, scale: Tensor, where: str = "") -> Tensor:
     _check(scale, (*weight.shape[:-2], -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)))
     if weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"FP8 weights are F8_E4M3, not {weight.dtype}")
-    nan = weight.view(torch.uint8).bitwise_and(0x7F) == 0x7F
-    _refuse_if(nan, "A source tensor has NaN or Inf", "E4M3 values without NaN (0x7F or 0xFF)", where)
-    codes = _f32_codes(scale, where) if scale.dtype == torch.float32 else _e8m0_codes(scale, where)
+    _refuse_if(_is_nan(weight), "A source tensor has NaN or Inf", "E4M3 values without NaN (0x7F or 0xFF)", where)
+    if scale.dtype == torch.float32:
+        what = "A scale is not a power of two, so BF16 cannot hold the weights exactly"
+        _refuse_if(_is_no_power_of_two(scale), what, "powers of two", where)
+        codes = _f32_codes(scale)
+    else:
+        codes = _e8m0_codes(scale)
+        _refuse_nan_scale(codes, where)
+    return _product(*_fp8_factors(weight, codes), codes, _SAFE_FP8, where)
+
+
+def _fp8_factors(weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 values and powers of two, both BF16 [..., M, N]."""
+    rows, columns = weight.shape[-2:]
     wide = _spread(codes, FP8_BLOCK, columns)
-    factors = wide.repeat_interleave(FP8_BLOCK, dim=-2)[..., :rows, :]
-    return _product(weight.to(torch.bfloat16), factors, codes, _SAFE_FP8, where)
+    return weight.to(torch.bfloat16), wide.repeat_interleave(FP8_BLOCK, dim=-2)[..., :rows, :]
+
+
+@torch.no_grad()
+def decode_into(weight: Tensor, scale: Tensor, out: Tensor) -> None:
+    """Dequantize T weights without a look at whether BF16 holds them, which `doubtful` tells; waits for no device.
+
+    Args:
+        weight: [T, M, N/2] or [T, M, N], as `mxfp4_to_bf16` and `fp8_to_bf16` take them; its dtype says which.
+        scale: [T, ...] as there.
+        out: BF16 [T, M, N], contiguous, receives what those give.
+    """
+    is_fp8 = weight.dtype == torch.float8_e4m3fn
+    if not is_fp8 and mxfp4_decode(weight, scale, out):
+        return
+    factors = _fp8_factors if is_fp8 else _mxfp4_factors
+    step = max(1, _TOGETHER[out.device.type] // out[0].numel())
+    for some in (slice(start, start + step) for start in range(0, len(out), step)):
+        torch.mul(*factors(weight[some], _codes(scale[some])), out=out[some])
+
+
+@torch.no_grad()
+def doubtful(weight: Tensor, scale: Tensor) -> Tensor:
+    """Which of T weights may stand for something that BF16 does not hold, as far as exponents tell; Bool [T].
+
+    `mxfp4_to_bf16` and `fp8_to_bf16` refuse none of the others. Arguments as of `decode_into`; waits for no device.
+    """
+    is_fp8 = weight.dtype == torch.float8_e4m3fn
+    codes, (low, high) = _codes(scale), _SAFE_FP8 if is_fp8 else _SAFE_MXFP4
+    bad = ((codes < low) | (codes > high)).flatten(1).any(dim=1)
+    if scale.dtype == torch.float32:
+        bad |= _is_no_power_of_two(scale).flatten(1).any(dim=1)
+    if is_fp8:
+        bad |= torch.stack([_is_nan(one).any() for one in weight])
+    return bad
 
 
 def _check(scale: Tensor, shape: tuple[int, ...]) -> None:
@@ -93,21 +146,32 @@ def _check(scale: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"the scale has shape {list(scale.shape)}, not {list(shape)}")
 
 
-def _e8m0_codes(scale: Tensor, where: str) -> Tensor:
+def _codes(scale: Tensor) -> Tensor:
+    return _f32_codes(scale) if scale.dtype == torch.float32 else _e8m0_codes(scale)
+
+
+def _e8m0_codes(scale: Tensor) -> Tensor:
     if scale.dtype not in (torch.float8_e8m0fnu, torch.uint8):
         raise ValueError(f"E8M0 scales are F8_E8M0 or U8, not {scale.dtype}")
-    codes = scale.view(torch.uint8)
-    _refuse_if(codes == E8M0_NAN, "A scale is NaN", "E8M0 scales without 0xFF", where)
-    return codes
+    return scale.view(torch.uint8)
 
 
-def _f32_codes(scale: Tensor, where: str) -> Tensor:
+def _f32_codes(scale: Tensor) -> Tensor:
     """The E8M0 code of each F32 power of two: its exponent field."""
+    return (scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+def _is_no_power_of_two(scale: Tensor) -> Tensor:
     bits = scale.contiguous().view(torch.int32)
-    code = bits >> 23
-    bad = (bits & 0x7FFFFF != 0) | (code <= 0) | (code >= E8M0_NAN)
-    _refuse_if(bad, "A scale is not a power of two, so BF16 cannot hold the weights exactly", "powers of two", where)
-    return code.to(torch.uint8)
+    return (bits & 0x7FFFFF != 0) | (bits < 1 << 23) | (bits >= E8M0_NAN << 23)
+
+
+def _is_nan(weight: Tensor) -> Tensor:
+    return weight.view(torch.uint8).bitwise_and(0x7F) == 0x7F
+
+
+def _refuse_nan_scale(codes: Tensor, where: str) -> None:
+    _refuse_if(codes == E8M0_NAN, "A scale is NaN", "E8M0 scales without 0xFF", where)
 
 
 def _spread(codes: Tensor, group: int, columns: int) -> Tensor:

@@ -17,6 +17,7 @@ NONE = 1 << 20
 _GRID_BLOCK = 256
 _ENCODE_BLOCK = 128
 _SWIGLU_BLOCK = 4096
+_DECODE_BLOCK = 128
 
 
 def grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,6 +122,32 @@ def _encode(  # type: ignore[no-untyped-def]
     tl.store(to + 1, tl.sum(tl.sum((difference * difference).to(tl.float64), axis=1), axis=0))
     tl.store(to + 2, tl.sum(tl.sum((source * source).to(tl.float64), axis=1), axis=0))
     tl.store(to + 3, tl.max(tl.max(tl.abs(difference), axis=1), axis=0).to(tl.float64))
+
+
+def mxfp4_decode(packed: Tensor, scale: Tensor, out: Tensor) -> None:
+    """`native.decode_into` of MXFP4: U8 [..., M, N/2] and U8 [..., M, N/32] into BF16 [..., M, N]; all contiguous."""
+    groups = scale.numel()
+    with torch.cuda.device(out.device):
+        _decode[(triton.cdiv(groups, _DECODE_BLOCK),)](
+            packed, scale, out, groups, BLOCK=_DECODE_BLOCK, enable_fp_fusion=False
+        )
+
+
+@triton.jit
+def _decode(packed, scale, out, groups, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < groups
+    exponent = tl.load(scale + row, mask=inside, other=0).to(tl.int32)
+    # BF16's exponent field is E8M0's code, but for 0: 2^-127 is a subnormal.
+    factor = (tl.where(exponent == 0, 0x0040, exponent << 7) << 16).to(tl.float32, bitcast=True)[:, None]
+    pair = tl.load(packed + row[:, None] * 16 + tl.arange(0, 16)[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    code = tl.reshape(tl.join(pair & 15, pair >> 4), (BLOCK, 32))
+    index = code & 7
+    number = index.to(tl.float32)
+    value = tl.where(index < 4, number * 0.5, tl.where(index < 6, number - 2.0, tl.where(index == 6, 4.0, 6.0)))
+    value = (value.to(tl.int32, bitcast=True) | ((code >> 3) << 31)).to(tl.float32, bitcast=True)
+    to = out + row[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(to, (value * factor).to(tl.bfloat16), mask=inside[:, None])
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor) -> Tensor:

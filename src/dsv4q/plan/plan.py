@@ -6,20 +6,20 @@ No tensor is read and nothing is imported that takes seconds. The run executes t
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from dsv4q.checkpoint.against_layout import compare_with_layout, draft_kind
-from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of
+from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of, packed_alike
 from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan, balanced_shards, blocks_of
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config
 from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
 from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
-from dsv4q.plan.needs import Estimate, estimate
+from dsv4q.plan.needs import CUDA_BYTES, Estimate, estimate
 from dsv4q.plan.targets import published_config, select
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme, stored_tensors
 
@@ -63,6 +63,8 @@ class Plan(ShardPlan):
     """The config.json to write."""
     draft: str
     """Kind of draft that the source has: none, mtp, dspark, unknown."""
+    experts_packed: bool
+    """Whether the main layers' routed experts may stay on the device as they lie in the files until they are wanted."""
     estimate: Estimate
     free_disk: int | None
     problems: tuple[Dsv4qError, ...]
@@ -99,7 +101,8 @@ class Plan(ShardPlan):
             },
             "needs": {
                 "host_bytes": self.estimate.host,
-                "gpu_bytes": self.estimate.gpu,
+                "gpu_bytes": self.estimate.gpu[0].nbytes + CUDA_BYTES,
+                "least_gpu_bytes": self.estimate.gpu_least + CUDA_BYTES,
                 "disk_bytes": self.estimate.disk,
                 "free_disk_bytes": self.free_disk,
                 "calibration_tokens": self.estimate.calibration_tokens,
@@ -151,22 +154,38 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     problems += _unread_by_the_consumer(config)
     problems += _unbounded_inputs(tensors, config)
     shards = balanced_shards(tensors, config.output.shards)
-    needs = estimate(specs, shards, config, dims)
+    files = SourceFiles.of(checkpoint, specs)
+    packed = _experts_packed(checkpoint, specs, config, selection.group_of)
+    needs = estimate(specs, shards, config, dims, lambda name: files.entries[name][1] if packed else 0)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
     return Plan(
         source=str(checkpoint.root),
         dims=dims,
         config=config,
         source_specs=tuple(specs),
-        source_files=SourceFiles.of(checkpoint, specs),
+        source_files=files,
         shards=shards,
         group_of=dict(selection.group_of),
         artifact_config=_artifact_config(checkpoint.config, config, dims, dict(selection.group_of)),
         draft=draft_kind(names),
+        experts_packed=packed,
         estimate=needs,
         free_disk=free_disk,
         problems=tuple(problems),
     )
+
+
+def _experts_packed(
+    checkpoint: Checkpoint, specs: Sequence[TensorSpec], config: Config, group_of: Mapping[str, str]
+) -> bool:
+    """See `Plan.experts_packed`: all are stored in one form, and encoded in one way that takes them all at once."""
+    experts = [spec for spec in specs if spec.expert is not None and not spec.is_mtp]
+    groups = {group_of.get(spec.module) for spec in experts}
+    stacked = all(group is not None and config.groups[group].in_stacks for group in groups) and len(groups) == 1
+    by_projection: dict[str, list[str]] = defaultdict(list)
+    for spec in experts:
+        by_projection[spec.module.rpartition(".")[2]].append(spec.name)
+    return stacked and all(packed_alike(checkpoint, names) is not None for names in by_projection.values())
 
 
 def _unread_by_the_consumer(config: Config) -> Iterator[RecipeError]:

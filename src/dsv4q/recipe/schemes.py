@@ -171,6 +171,18 @@ class Scheme(BaseModel):
             raise ValueError(f"observer {inputs.observer} is for weights")
 
     @property
+    def in_stacks(self) -> bool:
+        """Whether routed experts are encoded all at once (`run/stacked.py`), not module by module under observers."""
+        weights, inputs = self.weights, self.input_activations
+        return (
+            self.compression_format == NVFP4
+            and weights.symmetric
+            and weights.strategy == "tensor_group"
+            and weights.observer in (None, "exact_nvfp4", "memoryless_minmax", "static_minmax", "minmax")
+            and (inputs is None or (inputs.dynamic == "local" and inputs.observer == "static_minmax"))
+        )
+
+    @property
     def compression_format(self) -> str:
         """The stated format, or the one that compressed-tensors infers from the arguments."""
         return self.format or infer_format(self)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.console import Console, Mode, human_bytes
+from dsv4q.plan.needs import CUDA_BYTES, GpuUse
 from dsv4q.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,8 +29,12 @@ SHOWN = 20
 """Differences and problems printed in full; `--json` has all of them."""
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    """Counts, shards, needs and problems of a plan. Nothing in json mode: the plan's own object has all of it."""
+def show_plan(plan: Plan, console: Console, gpu_memory: int | None = None) -> None:
+    """Counts, shards, needs and problems of a plan. Nothing in json mode: the plan's own object has all of it.
+
+    Args:
+        gpu_memory: bytes of a GPU that may be used, if the user has said.
+    """
     if console.mode == Mode.JSON:
         return
     facts = plan.as_dict()
@@ -62,9 +67,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     free = needs["free_disk_bytes"]
     console.print(
         f"needs      host memory {human_bytes(needs['host_bytes'])}, GPU memory {human_bytes(needs['gpu_bytes'])} "
-        f"(if one is used), disk {human_bytes(needs['disk_bytes'])}"
+        f"(if one is used; {human_bytes(needs['least_gpu_bytes'])} do), disk {human_bytes(needs['disk_bytes'])}"
         + ("" if free is None else f" ({human_bytes(free)} free here)")
     )
+    if gpu_memory is not None:
+        console.print(
+            f"GPU        of {human_bytes(gpu_memory)}: {_gpu_use(plan.estimate.on_gpu(gpu_memory - CUDA_BYTES), plan)}"
+        )
     streams = f"; residual streams {human_bytes(needs['streams_bytes'])}, kept {needs['streams_kept']}"
     console.print(
         f"data       {needs['calibration_tokens']:,} calibration tokens{streams if needs['streams_bytes'] else ''}"
@@ -75,6 +84,21 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.error(problem)
     if len(plan.problems) > SHOWN:
         console.warn(f"{len(plan.problems) - SHOWN} more problems; --json lists them all")
+
+
+def _gpu_use(use: GpuUse | None, plan: Plan) -> str:
+    """What a run does with a GPU."""
+    if use is None:
+        return f"too small; {human_bytes(plan.estimate.gpu_least + CUDA_BYTES)} would do"
+    whole = use.experts == plan.dims.experts
+    parts = ["every block is loaded while the one before is worked on"]
+    if use.memories == 1 and not (whole and plan.experts_packed):
+        parts = ["every block is loaded while the one before is encoded"]
+    if plan.experts_packed:
+        parts.append(f"{'all' if whole else use.experts} experts at a time are decoded from their packed form")
+    if plan.estimate.streams and plan.estimate.streams_kept != "on disk":
+        parts.append(f"residual streams {'stay there' if use.keeps_streams else 'wait in host memory'}")
+    return f"{human_bytes(use.nbytes + CUDA_BYTES)} used; " + ", ".join(parts)
 
 
 def show_ranks(shares: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -115,10 +115,11 @@ class BlockWorker:
         layer = self.model.model.layers[int(task.name.removeprefix("layers."))]
         linears = self._linears_of(task.name) if task.encode else BlockLinears((), None)
         in_modules = task.encode and linears.stacks is None
+        with watch.stage("exchange"):
+            if block.memory is not None:
+                block.memory.exchange(self.ranks)
         with watch.stage("check"):
             self._put_in_place(block, experts=in_modules)
-        with watch.stage("exchange"):
-            self._exchange(block)
         routing = self._routing(block, in_modules)
         modules = ModuleLinears(linears.as_modules, self.device)
         modules.prepare()
@@ -146,14 +147,10 @@ class BlockWorker:
     def _put_in_place(self, block: LoadedBlock, *, experts: bool) -> None:
         """Tensors into their modules, those of routed experts only if they are worked on as modules."""
         for spec, tensor in block.tensors.items():
-            if spec.expert is None or experts:
-                set_tensor(self.model, spec.hf_name, tensor)
-
-    def _exchange(self, block: LoadedBlock) -> None:
-        """Each rank gives the experts that it has read."""
-        if block.experts is not None:
-            self.ranks.exchange(block.experts.gate_up)
-            self.ranks.exchange(block.experts.down)
+            set_tensor(self.model, spec.hf_name, tensor)
+        if experts and block.memory is not None:
+            for spec in block.experts:
+                set_tensor(self.model, spec.hf_name, block.memory.weight(spec))
 
     def _linears_of(self, block: str) -> BlockLinears:
         """The linears of a block to be encoded; found once, of the next block while the device computes."""
@@ -173,10 +170,10 @@ class BlockWorker:
 
     def _routing(self, block: LoadedBlock, in_modules: bool) -> Routing:
         """Who watches the routed experts, and computes them unless they are worked on as modules."""
-        if in_modules or block.experts is None:
+        if in_modules or block.memory is None:
             return CountedRouting(torch.zeros(self.plan.dims.experts, dtype=torch.int64, device=self.device))
         limit = float(self.model.config.swiglu_limit)
-        return BatchedExperts(block.experts, limit, all_tokens=self.plan.config.activations.experts == "all")
+        return BatchedExperts(block.memory, limit, all_tokens=self.plan.config.activations.experts == "all")
 
     def _forward(self, block: LoadedBlock, routing: Routing, record: BlockRecord) -> None:
         """Send every micro-batch through a block."""

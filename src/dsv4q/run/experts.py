@@ -9,7 +9,7 @@ Shape letters: E experts, F moe_intermediate_size, D hidden_size, N tokens, K ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,60 +19,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dsv4q.formats.kernels import swiglu
-from dsv4q.layout import Dims, TensorSpec
 from dsv4q.model.upstream import experts_forward
+from dsv4q.run.memory import ExpertMemory
 from dsv4q.run.ranks import Ranks
-
-PROJECTIONS = {"w1": ("gate_up", 0), "w3": ("gate_up", 1), "w2": ("down", 0)}
-"""Projection -> stack and place in its second dimension. w1 and w3 lie side by side: they share a global scale."""
-
-
-@dataclass
-class ExpertMemory:
-    """Memory for the routed experts of one block; block after block uses it.
-
-    Attributes:
-        gate_up: BF16 [E, 2, F, D], w1 and w3.
-        down: BF16 [E, 1, D, F], w2.
-        freed: the device is done with the block that was here before.
-    """
-
-    gate_up: Tensor
-    down: Tensor
-    freed: torch.cuda.Event | None = None
-
-    @classmethod
-    def of(cls, dims: Dims, device: torch.device) -> ExpertMemory:
-        """Uninitialised memory for blocks of these dimensions."""
-        shape = (dims.moe_intermediate, dims.hidden)
-        return cls(
-            torch.empty((dims.experts, 2, *shape), dtype=torch.bfloat16, device=device),
-            torch.empty((dims.experts, 1, *reversed(shape)), dtype=torch.bfloat16, device=device),
-        )
-
-    def view(self, spec: TensorSpec) -> Tensor:
-        """Where the weight of one expert's projection lies."""
-        stack, place = PROJECTIONS[spec.module.rpartition(".")[2]]
-        assert spec.expert is not None
-        found: Tensor = getattr(self, stack)[spec.expert, place]
-        return found
-
-    def wait_until_free(self) -> None:
-        """Let the current stream of the device wait for the block that was here before."""
-        if self.freed is not None:
-            torch.cuda.current_stream(self.gate_up.device).wait_event(self.freed)
-            self.freed = None
-
-    def ends(self, specs: Iterable[TensorSpec]) -> list[tuple[list[TensorSpec], Tensor]]:
-        """Smallest and largest element [n, 2] of the experts' weights, NaN if one is NaN."""
-        by_place = {PROJECTIONS[s.module.rpartition(".")[2]] + (s.expert,): s for s in specs if s.expert is not None}
-        found = []
-        for name, stack in (("gate_up", self.gate_up), ("down", self.down)):
-            places = [(e, p) for e in range(stack.shape[0]) for p in range(stack.shape[1])]
-            ends = torch.stack(torch.aminmax(stack.flatten(2).flatten(0, 1), dim=1), dim=-1)
-            there = [i for i, (expert, place) in enumerate(places) if (name, place, expert) in by_place]
-            found.append(([by_place[name, places[i][1], places[i][0]] for i in there], ends[there]))
-        return found
 
 
 class Routing(Protocol):
@@ -134,9 +83,9 @@ class BatchedExperts:
     counts: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        weight = self.memory.gate_up
-        self.input_ends, self.hidden_ends = (_no_ends(len(weight), weight.device).to(weight.dtype) for _ in range(2))
-        self.counts = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+        experts, device = self.memory.experts, self.memory.device
+        self.input_ends, self.hidden_ends = (_no_ends(experts, device).to(torch.bfloat16) for _ in range(2))
+        self.counts = torch.zeros(experts, dtype=torch.int64, device=device)
 
     def watching(self, mlp: torch.nn.Module) -> AbstractContextManager[None]:
         """Context in which the block's `mlp` computes its routed experts here."""
@@ -154,8 +103,7 @@ class BatchedExperts:
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens [N, D], their experts I64 [N, K] and weights [N, K] -> [N, D]."""
-        weight = self.memory.gate_up
-        experts, top_k = weight.shape[0], top_k_index.shape[1]
+        experts, top_k = self.memory.experts, top_k_index.shape[1]
         # By expert, then by place among the K, then by token: the order in which the separate linears take them.
         order = torch.argsort(top_k_index.T.reshape(-1), stable=True)
         tokens, shares = order % len(top_k_index), top_k_weights.T.reshape(-1)[order].unsqueeze(-1)
@@ -163,27 +111,39 @@ class BatchedExperts:
         self.counts += counts
         sizes = counts.tolist()
         assert sum(sizes) == top_k * len(top_k_index)
-        parts = zip(torch.split(tokens, sizes), torch.split(shares, sizes), strict=True)
+        rows, share = torch.split(tokens, sizes), torch.split(shares, sizes)
         out = torch.zeros_like(hidden_states)
-        ends = torch.stack([_no_ends(experts, weight.device)] * 2)
+        ends = torch.stack([_no_ends(experts, out.device)] * 2)
         if self.all_tokens:
             ends[0] = torch.stack(torch.aminmax(hidden_states)).to(torch.float32)
-        for expert, (rows, share) in enumerate(parts):
-            seen = hidden_states if self.all_tokens else hidden_states[rows]
-            if not len(seen):
+        for part in self.memory.parts():
+            if not self.all_tokens and not any(sizes[part]):
                 continue
-            if not self.all_tokens:
-                ends[0, expert] = torch.stack(torch.aminmax(seen)).to(torch.float32)
-            hidden = swiglu(
-                linear(seen, weight[expert, 0]), linear(seen, weight[expert, 1]), self.limit, ends[1, expert]
-            )
-            if self.all_tokens:
-                hidden = hidden[rows]
-            if len(hidden):
-                part = linear(hidden, self.memory.down[expert, 0]).mul_(share)
-                out.index_add_(0, rows, part)
-        self._observe(ends.to(weight.dtype))
+            gate_up, down = (self.memory.weights(stack, part) for stack in ("gate_up", "down"))
+            for at, expert in enumerate(range(part.start, part.stop)):
+                weights = (*gate_up[at], down[at, 0])
+                self._through(weights, hidden_states, rows[expert], share[expert], ends[:, expert], out)
+        self._observe(ends.to(torch.bfloat16))
         return out
+
+    def _through(
+        self, weights: tuple[Tensor, ...], hidden_states: Tensor, rows: Tensor, share: Tensor, ends: Tensor, out: Tensor
+    ) -> None:
+        """Add what one expert (w1, w3, w2) makes of the tokens `rows` [n] with their `share` [n, 1] to `out` [N, D].
+
+        Its ends [2, 2] are written where nobody knows them yet.
+        """
+        seen = hidden_states if self.all_tokens else hidden_states[rows]
+        if not len(seen):
+            return
+        if not self.all_tokens:
+            ends[0] = torch.stack(torch.aminmax(seen)).to(torch.float32)
+        w1, w3, w2 = weights
+        hidden = swiglu(linear(seen, w1), linear(seen, w3), self.limit, ends[1])
+        if self.all_tokens:
+            hidden = hidden[rows]
+        if len(hidden):
+            out.index_add_(0, rows, linear(hidden, w2).mul_(share))
 
     def _observe(self, ends: Tensor) -> None:
         """Widen what was seen so far by the ends [2, E, 2] of one batch."""

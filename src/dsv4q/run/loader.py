@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,13 +21,10 @@ from dsv4q.errors import WeightError
 from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
 from dsv4q.layout import Role, TensorSpec
 from dsv4q.plan.work import TensorWork
-from dsv4q.run.experts import ExpertMemory
+from dsv4q.run.memory import ExpertMemory
 
 READ_THREADS = 8
 """A GPU needs its bytes faster than one thread copies them out of the page cache (2.2 s a block; 0.41 s with 8)."""
-
-DECODED_TOGETHER = 16
-"""Packed experts' weights that are decoded in one call: 270 MB of BF16 at full width, and temporaries of its size."""
 
 Put = Callable[[str, Sequence[tuple[str, memoryview]]], None]
 """Takes a block and tensors of it to be written as they are: output name and bytes."""
@@ -67,43 +64,45 @@ class LoadedBlock:
     """The tensors of one block on the device."""
 
     task: BlockTask
+    source: Checkpoint
     tensors: dict[TensorSpec, torch.Tensor] = field(default_factory=dict)
-    slot: ExpertMemory | None = None
-    """Memory that the routed experts among `tensors` are views of."""
-    ends: list[tuple[list[TensorSpec], torch.Tensor]] = field(default_factory=list)
-    """Smallest and largest element [n, 2] of the floating-point tensors, NaN if one is NaN; on the device."""
+    """All but those of routed experts."""
+    memory: ExpertMemory | None = None
+    """Where the routed experts are, if there are any."""
+    experts: list[TensorSpec] = field(default_factory=list)
+    """Weights of routed experts that are, or will be once the ranks have exchanged theirs, in `memory`."""
+    checked: list[tuple[list[TensorSpec], torch.Tensor]] = field(default_factory=list)
+    """Which of the tensors that this rank has read are finite beyond doubt: Bool [n], on the device."""
     ready: torch.cuda.Event | None = None
     read_bytes: int = 0
     """Read from the source's files for it."""
     written_bytes: int = 0
     """Written as they are."""
 
-    @property
-    def experts(self) -> ExpertMemory | None:
-        """The slot, if there are routed experts in it."""
-        return self.slot if any(spec.expert is not None for spec in self.tensors) else None
-
-    def wait(self) -> None:
-        """Let the current stream of the device wait until the tensors are there."""
+    def begin(self) -> None:
+        """Begin with the block: the current stream of the device waits until its tensors are there."""
+        if self.memory is not None:
+            self.memory.begin()
         if self.ready is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.ready)
-            for tensor in (*(t for s, t in self.tensors.items() if s.expert is None), *(e for _, e in self.ends)):
+            for tensor in (*self.tensors.values(), *(fine for _, fine in self.checked)):
                 tensor.record_stream(stream)
 
     def check_finite(self, where: Callable[[TensorSpec], str]) -> None:
         """Refuse NaN and Inf; `where` names a tensor for people.
 
         Raises:
-            WeightError: the first tensor that has one.
+            WeightError: the first tensor that has one, or that is packed and stands for no number.
         """
-        if not self.ends:
+        if not self.checked:
             return
-        specs = [spec for part, _ in self.ends for spec in part]
-        fine = torch.isfinite(torch.cat([ends.to(torch.float32) for _, ends in self.ends])).all(dim=1)
-        if not bool(fine.all()):
-            spec = specs[int((~fine).nonzero()[0])]
-            raise _not_finite(self.tensors[spec], where(spec))
+        specs = [spec for part, _ in self.checked for spec in part]
+        fine = torch.cat([fine for _, fine in self.checked]).tolist()
+        for spec in (spec for spec, good in zip(specs, fine, strict=True) if not good):
+            tensor = self.source.tensor(spec.name)  # it may be gone from the device
+            if not bool(torch.isfinite(tensor).all()):
+                raise _not_finite(tensor, where(spec))
 
 
 def _not_finite(tensor: torch.Tensor, where: str) -> WeightError:
@@ -119,58 +118,13 @@ def _not_finite(tensor: torch.Tensor, where: str) -> WeightError:
 
 
 @dataclass
-class PackedExperts:
-    """Experts' weights on the device as they lie in the files, decoded into their places some at a time.
-
-    One at a time would keep the host busier with calls than the device with work.
-    """
-
-    source: Checkpoint
-    _waiting: defaultdict[tuple[object, ...], list[tuple[str, list[torch.Tensor], torch.Tensor]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    """Those that are stored alike: name, what is stored, where it goes."""
-
-    def add(self, spec: TensorSpec, stored: list[torch.Tensor], there: torch.Tensor) -> None:
-        """One more; decodes those like it once there are enough.
-
-        Raises:
-            WeightError: as `decode`.
-        """
-        kind = tuple((part.shape, part.dtype) for part in stored)
-        self._waiting[kind].append((spec.name, stored, there))
-        if len(self._waiting[kind]) == DECODED_TOGETHER:
-            self._decode(self._waiting.pop(kind))
-
-    def decode(self) -> None:
-        """Decode what still waits.
-
-        Raises:
-            WeightError: a packed weight stands for no number; names the tensor.
-        """
-        while self._waiting:
-            self._decode(self._waiting.popitem()[1])
-
-    def _decode(self, some: list[tuple[str, list[torch.Tensor], torch.Tensor]]) -> None:
-        names, parts, places = zip(*some, strict=True)
-        try:
-            values = self.source.decoded(names[0], [torch.stack(alike) for alike in zip(*parts, strict=True)])
-        except WeightError:
-            for name, stored, _ in some:  # which one it is
-                self.source.decoded(name, stored)
-            raise
-        for place, value in zip(places, values, strict=True):
-            place.copy_(value)
-
-
-@dataclass
 class Loader:
     """Reads blocks in the order in which they are wanted.
 
     Args:
         budget: bytes on the host that may be read before they are wanted.
-        memory: makes the memory for one block's routed experts; called once for each of `slots`.
-        slots: blocks on the device at once, 1 or 2; with 2 one is loaded while the other is worked on.
+        memory: makes the memory for one block's routed experts; called as often as there are `memories`.
+        memories: of which blocks take one in turn; with one, the next block's experts wait for places.
         put: takes what is to be written as it is.
     """
 
@@ -178,12 +132,13 @@ class Loader:
     device: torch.device
     budget: int
     memory: Callable[[], ExpertMemory]
-    slots: int
+    memories: int
     put: Put
     where: Callable[[TensorSpec], str]
     advance: Callable[[str, int], None]
     """Called with a block and its bytes that are done with because no computation wants them."""
-    _free: list[ExpertMemory] = field(default_factory=list)
+    _made: deque[ExpertMemory] = field(default_factory=deque)
+    """That which is used next comes first."""
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
@@ -203,7 +158,7 @@ class Loader:
                 wanted,
                 partial(self._load, read, stream),
                 lambda _: 1,
-                budget=self.slots,
+                budget=2 if on_gpu else 1,
                 threads=1,
                 check_stop=check_stop,
             ) as loaded,
@@ -216,16 +171,16 @@ class Loader:
     def release(self, block: LoadedBlock) -> None:
         """Say that no more work on `block` will be queued on the current stream of the device."""
         block.tensors.clear()
-        if block.slot is not None:
-            if self.device.type == "cuda":
-                block.slot.freed = torch.cuda.current_stream(self.device).record_event()
-            self._free.append(block.slot)
+        if block.memory is not None:
+            block.memory.release_all()
 
     def _read(self, work: TensorWork) -> tuple[torch.Tensor, ...]:
-        """One tensor on the host; for a GPU as it lies in the files, unless its BF16 bytes are written too."""
-        spec = work.spec
-        if work.computed and self.device.type == "cuda":
-            return self._pinned(spec) if work.kept else self.source.stored(spec.name, pinned=True)
+        """One tensor on the host; as it lies in the files if it is computed with and its BF16 bytes are not written."""
+        spec, on_gpu = work.spec, self.device.type == "cuda"
+        if work.computed and not work.kept:
+            return self.source.stored(spec.name, pinned=on_gpu)
+        if work.computed and on_gpu:
+            return self._pinned(spec)
         tensor = self.source.tensor(spec.name)
         ends = torch.aminmax(tensor) if not work.computed and tensor.is_floating_point() else ()
         if not all(math.isfinite(float(end)) for end in ends):
@@ -239,33 +194,34 @@ class Loader:
 
     def _host_bytes(self, work: TensorWork) -> int:
         """What `_read` holds of one tensor."""
-        packed = work.computed and not work.kept and self.device.type == "cuda"
-        return work.source_bytes if packed else work.spec.nbytes
+        return work.source_bytes if work.computed and not work.kept else work.spec.nbytes
 
     def _load(
         self,
-        read: Iterator[tuple[TensorWork, tuple[torch.Tensor, ...]]],
+        loaded: Iterator[tuple[TensorWork, tuple[torch.Tensor, ...]]],
         stream: torch.cuda.Stream | None,
         task: BlockTask,
     ) -> LoadedBlock:
-        block, packed = LoadedBlock(task), PackedExperts(self.source)
+        block = LoadedBlock(task, self.source)
         with torch.cuda.stream(stream):
             for work in task.work:
                 if self._stop.is_set():
                     raise Stopped
                 parts: tuple[torch.Tensor, ...] = ()
                 if task.reads(work):
-                    found, parts = next(read)
+                    found, parts = next(loaded)
                     assert found is work, f"{work.spec.name} is wanted, {found.spec.name} comes"
                     block.read_bytes += work.source_bytes
                 self._keep(block, work, parts)
                 if work.computed:
-                    self._place(block, work.spec, parts, packed)
+                    self._place(block, work.spec, parts)
                 else:
                     self.advance(task.name, work.spec.nbytes)
-            packed.decode()
-            if block.experts is not None:
-                block.ends.extend(block.experts.ends([w.spec for w in task.work if w.computed and task.reads(w)]))
+            read = [w.spec for w in task.work if w.computed and w.spec.expert is not None and task.reads(w)]
+            if block.memory is not None and read:
+                block.checked.append((read, block.memory.fine(read)))
+            if block.memory is not None:
+                block.memory.keep()
             block.ready = stream.record_event() if stream is not None else None
         return block
 
@@ -277,25 +233,27 @@ class Loader:
             self.put(block.task.name, [(name, tensor_bytes(tensor)) for name in names])
             block.written_bytes += len(names) * work.spec.nbytes
 
-    def _place(
-        self, block: LoadedBlock, spec: TensorSpec, parts: tuple[torch.Tensor, ...], packed: PackedExperts
-    ) -> None:
-        """One tensor to where it is wanted on the device; the first expert takes a slot.
+    def _place(self, block: LoadedBlock, spec: TensorSpec, parts: tuple[torch.Tensor, ...]) -> None:
+        """One tensor to where it is wanted on the device; the first expert takes memory for all of them.
 
         Raises:
-            WeightError: what is packed stands for no number.
+            WeightError: what is packed stands for no number; of experts `fine` tells later.
         """
         if spec.role == Role.ROUTED_EXPERT:
-            if block.slot is None:
-                block.slot = self._free.pop() if self._free else self.memory()
-                block.slot.wait_until_free()
-            block.tensors[spec] = there = block.slot.view(spec)
-            if len(parts) == 1:
-                there.copy_(parts[0], non_blocking=True)
-            elif parts:
-                packed.add(spec, [part.to(self.device, non_blocking=True) for part in parts], there)
+            if block.memory is None:
+                if len(self._made) < self.memories:
+                    self._made.appendleft(self.memory())
+                block.memory = self._made[0]
+                self._made.rotate(-1)
+            block.experts.append(spec)
+            if parts:
+                packed = len(parts) > 1 and not block.memory.packed
+                block.memory.place(spec, [self._decoded(spec, parts)] if packed else parts, self._stop.is_set)
             return
-        moved = [part.to(self.device, non_blocking=True) for part in parts]
-        block.tensors[spec] = there = self.source.decoded(spec.name, moved) if len(moved) > 1 else moved[0]
+        block.tensors[spec] = there = self._decoded(spec, parts)
         if there.is_floating_point():
-            block.ends.append(([spec], torch.stack(torch.aminmax(there))[None]))
+            block.checked.append(([spec], torch.isfinite(torch.stack(torch.aminmax(there))).all()[None]))
+
+    def _decoded(self, spec: TensorSpec, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        moved = [part.to(self.device, non_blocking=True) for part in parts]
+        return self.source.decoded(spec.name, moved) if len(moved) > 1 else moved[0]

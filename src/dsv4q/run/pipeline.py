@@ -14,8 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -29,10 +28,11 @@ from dsv4q.data.tokens import CalibrationData
 from dsv4q.errors import DeviceError
 from dsv4q.host import memory_now
 from dsv4q.model.upstream import quiet_libraries
+from dsv4q.plan.needs import GpuUse
 from dsv4q.plan.plan import Plan
 from dsv4q.plan.work import WorkTable
-from dsv4q.run.experts import ExpertMemory
 from dsv4q.run.loader import BlockTask, LoadedBlock, Loader
+from dsv4q.run.memory import memory_maker
 from dsv4q.run.ranks import Ranks
 from dsv4q.run.residuals import ResidualStreams
 from dsv4q.run.stopwatch import Stopwatch
@@ -96,10 +96,10 @@ def run_oneshot(plan: Plan, folder: Path, make_loop: Callable[[DeepseekV4ForCaus
             raise DeviceError(
                 "The GPU ran out of memory",
                 where=f"--device {loop.device}",
-                expected=f"about {plan.estimate.gpu:,} bytes free",
+                expected=f"about {loop.gpu.nbytes if loop.gpu else 0:,} bytes free",
                 found=str(error).splitlines()[0],
-                hint="free the GPU of other work, or lower calibration.micro_batch and use --no-resume; finished "
-                "blocks are kept",
+                hint="free the GPU of other work, say with --gpu-memory how much of it to use, or lower "
+                "calibration.micro_batch and use --no-resume; finished blocks are kept",
             ) from error
         finally:
             del model.block_loop
@@ -120,6 +120,8 @@ class BlockLoop:
     journal: Journal
     data: CalibrationData | None
     device: torch.device
+    gpu: GpuUse | None
+    """How the GPU's memory is used, if the device is one."""
     ranks: Ranks
     advance: Callable[[str, int], None]
     """Called with the block's name and the number of source bytes done with."""
@@ -131,7 +133,13 @@ class BlockLoop:
     def __post_init__(self) -> None:
         share = self.ranks.share
         shapes = [(*ids.shape, self.plan.dims.hc_mult, self.plan.dims.hidden) for ids in self._batches]
-        self._streams = ResidualStreams(self.journal.folder, self.device, shapes, share.among(len(shapes)))
+        self._streams = ResidualStreams(
+            self.journal.folder,
+            self.device,
+            shapes,
+            share.among(len(shapes)),
+            on_device=self.gpu is None or self.gpu.keeps_streams,
+        )
 
     def run(self) -> None:
         """Every block that the journal does not know as done.
@@ -190,29 +198,25 @@ class BlockLoop:
         )  # fmt: skip
 
     def _loader(self, worker: BlockWorker) -> Loader:
+        use = self.gpu or replace(self.plan.estimate.gpu[0], memories=1)
+        experts = [spec.name for spec in self.plan.source_specs if spec.block == "layers.0" and spec.expert is not None]
+        packed = self.plan.experts_packed
         return Loader(
             self.source,
             self.device,
             budget=self.plan.estimate.read_ahead,
-            memory=partial(ExpertMemory.of, self.plan.dims, self.device),
-            slots=self._slots(),
+            memory=memory_maker(self.source, self.plan.dims, experts, self.device, packed=packed, step=use.experts),
+            memories=use.memories,
             put=self.writer.put,
             where=worker.where,
             advance=self.advance,
         )
 
-    def _slots(self) -> int:
-        """Blocks on the device at once: two if a GPU has room for them."""
-        if self.device.type != "cuda":
-            return 1
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return 2 if free > self.plan.estimate.gpu_ahead else 1
-
     def _next(self, blocks: Iterator[LoadedBlock], task: BlockTask, watch: Stopwatch) -> LoadedBlock:
         with watch.stage("read"):
             block = next(blocks)
             assert block.task is task, f"{task.name} is wanted, {block.task.name} comes"
-            block.wait()
+            block.begin()
         return block
 
     # ----------------------------------------------------------------------------------------------- a block is done

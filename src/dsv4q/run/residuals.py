@@ -1,7 +1,7 @@
 """The residual streams of all micro-batches between two blocks: on the GPU, on the host, or on disk.
 
-Where they live depends on their size alone. Every few blocks they are saved to disk, so that a resume need not compute
-all blocks again; where they live on disk, they are saved as they are written.
+Where they live depends on their size and on the GPU's. Every few blocks they are saved to disk, so that a resume need
+not compute all blocks again; where they live on disk, they are saved as they are written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
 from dsv4q.checkpoint.pipes import Behind, loaded_ahead
 from dsv4q.formats.dtypes import tensor_bytes
-from dsv4q.plan.needs import STREAMS_IN_MEMORY, STREAMS_ON_GPU
+from dsv4q.plan.needs import STREAMS_IN_MEMORY
 
 SAVE_BYTES_PER_SECOND = 1e9
 """What saving is taken to cost."""
@@ -38,12 +38,14 @@ class ResidualStreams:
         folder: where they are saved.
         shapes: of each micro-batch.
         mine: numbers of the micro-batches that this rank has.
+        on_device: they stay on the device between two blocks, unless there are too many for any memory.
     """
 
     folder: Path
     device: torch.device
     shapes: Sequence[Shape]
     mine: Sequence[int]
+    on_device: bool = True
     block: str | None = None
     """The block whose output they are."""
     _held: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class ResidualStreams:
         self.block = block
 
     def _keep(self, streams: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cuda" or self.nbytes <= STREAMS_ON_GPU:
+        if self.device.type != "cuda" or self.on_device:
             return streams
         host = torch.empty(streams.shape, dtype=streams.dtype, pin_memory=True)
         return host.copy_(streams, non_blocking=True)

@@ -19,8 +19,8 @@ from dsv4q.checkpoint.shards import ShardPlan
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter
 from dsv4q.console import Console, Progress
-from dsv4q.errors import DeviceError
 from dsv4q.host import peak_memory, stoppable, usable_device
+from dsv4q.plan.needs import CUDA_BYTES, GpuUse, too_small
 from dsv4q.plan.plan import Plan
 from dsv4q.plan.work import WorkTable
 
@@ -43,6 +43,8 @@ class Run:
     source: Checkpoint
     data: CalibrationData | None
     device: torch.device
+    gpu: GpuUse | None
+    """How the GPU's memory is used, if the device is one."""
     ranks: Ranks
     """Of one or several, this process."""
     make_writer: Callable[[Path, ShardPlan], ShardWriter] = ShardWriter
@@ -99,7 +101,18 @@ def _run_blocks(run: Run, journal: Journal, writer: ShardWriter, console: Consol
             run.plan,
             journal.folder,
             lambda model: BlockLoop(
-                model, run.plan, work, run.source, behind, journal, run.data, run.device, run.ranks, advance, check_stop
+                model,
+                run.plan,
+                work,
+                run.source,
+                behind,
+                journal,
+                run.data,
+                run.device,
+                run.gpu,
+                run.ranks,
+                advance,
+                check_stop,
             ),
         )
 
@@ -124,28 +137,33 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def run_device(name: str, plan: Plan) -> torch.device:
-    """The device called `name`, if it has the memory that the plan wants.
+def run_device(name: str, plan: Plan, gpu_memory: int | None = None) -> tuple[torch.device, GpuUse | None]:
+    """The device called `name`, and how its memory will be used if it is a GPU.
+
+    Args:
+        gpu_memory: bytes of it that may be used; torch then refuses to allocate more.
 
     Raises:
-        DeviceError: no such device, or it is too small.
+        DeviceError: no such device; it is too small.
     """
     device = usable_device(name)
-    if device.type == "cuda":
-        import torch
+    if device.type != "cuda":
+        return device, None
+    import torch
 
-        if device.index is not None:
-            torch.cuda.set_device(device)  # streams and events are those of the current device
-        free, total = torch.cuda.mem_get_info(device)
-        if total < plan.estimate.gpu:
-            raise DeviceError(
-                "The GPU has too little memory",
-                where=f"--device {name}",
-                expected=f"{plan.estimate.gpu:,} bytes",
-                found=f"{total:,} bytes, {free:,} of them free",
-                hint="a smaller calibration.micro_batch needs less; --device cpu needs none",
-            )
-    return device
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams and events are those of the current device
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = total if gpu_memory is None else min(total, gpu_memory)
+    if gpu_memory is not None:
+        index = torch.cuda.current_device()
+        torch.cuda.set_per_process_memory_fraction(max(0, allowed - CUDA_BYTES) / total, index)
+    needs = plan.estimate
+    use = needs.on_gpu(min(allowed - CUDA_BYTES, free)) or needs.on_gpu(allowed - CUDA_BYTES)
+    if use is None:
+        where = f"--device {name}" + ("" if gpu_memory is None else f" --gpu-memory {gpu_memory}")
+        raise too_small(needs, where, f"{total:,} bytes, {free:,} of them free")
+    return device, use
 
 
 def same_threads(before: Mapping[str, Any] | None) -> None:

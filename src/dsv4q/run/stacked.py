@@ -9,6 +9,7 @@ N columns, G = N / 16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +23,9 @@ from dsv4q.formats.exact import nvfp4_scales
 from dsv4q.formats.kernels import nvfp4_encode_measured
 from dsv4q.layout import Role
 from dsv4q.model.upstream import scheme_of
-from dsv4q.run.experts import PROJECTIONS, BatchedExperts
+from dsv4q.run.experts import BatchedExperts
 from dsv4q.run.linears import BATCH_ELEMENTS, EncodedLinears, InputScales, PlannedLinear, check_inputs
+from dsv4q.run.memory import PROJECTIONS
 from dsv4q.run.observers import ExactNvfp4Observer
 
 WEIGHT_OBSERVERS = (ExactNvfp4Observer, MemorylessMinMaxObserver)
@@ -96,17 +98,18 @@ class StackedLinears:
 
     def encoded(self, mine: Collection[str]) -> Iterator[EncodedLinears]:
         """See `Linears.encoded`; a rank has a run of experts."""
-        for name, linears in self.layout.linears.items():
-            stack: Tensor = getattr(self.experts.memory, name)
-            shared, elements = stack.shape[1], stack[0].numel()
-            owned = [n // shared for n, linear in enumerate(linears) if linear.spec.name in mine]
-            if not owned:
-                continue
-            step = max(1, BATCH_ELEMENTS[stack.device.type] // elements)
-            for start in range(owned[0], owned[-1] + 1, step):
-                end = min(start + step, owned[-1] + 1)
-                chosen = tuple(linears[start * shared : end * shared])
-                yield self._encode(stack[start:end], chosen, slice(start, end))
+        memory, stacks = self.experts.memory, self.layout.linears
+        together = {name: len(linears) // memory.experts for name, linears in stacks.items()}
+        elements = max(together[name] * math.prod(linears[0].spec.shape) for name, linears in stacks.items())
+        step = min(memory.step, max(1, BATCH_ELEMENTS[memory.device.type] // elements))
+        owned = [n for n in range(memory.experts) if stacks["down"][n].spec.name in mine]
+        for start in owned[::step]:
+            experts = slice(start, min(start + step, owned[-1] + 1))
+            for name, linears in stacks.items():
+                chosen = tuple(linears[experts.start * together[name] : experts.stop * together[name]])
+                encoded = self._encode(memory.weights(name, experts), chosen, experts)
+                memory.release(name, experts.stop)
+                yield encoded
 
     def _encode(self, weight: Tensor, linears: tuple[PlannedLinear, ...], experts: slice) -> EncodedLinears:
         exact = linears[0].is_exact
