@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -357,14 +358,20 @@ def test_mtp_is_stored_as_bf16(release: tuple[Path, Path, dict[str, Any]]) -> No
         assert {artifact.tensors[n].dtype for n in names} == {"BF16", "F32"}
 
 
-def test_nan_scale_stops_the_run_by_name_and_loses_nothing(
-    release: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(0xFF, r"A scale is NaN[\s\S]*\[0, 2\]"), (0xFE, r"A dequantized value is not a BF16 number[\s\S]*\[0, 64\]")],
+)
+def test_a_scale_that_stands_for_no_number_stops_the_run_by_name_and_loses_nothing(
+    release: tuple[Path, Path, dict[str, Any]], tmp_path: Path, code: int, said: str
 ) -> None:
     name = "layers.1.ffn.experts.1.w3.scale"
     shutil.copytree(release[0], tmp_path / "source")
-    altered(release[0], tmp_path / "source", name, lambda raw: raw.__setitem__(2, 0xFF))
-    with pytest.raises(WeightError, match=r"A scale is NaN[\s\S]*layers.1.ffn.experts.1.w3[\s\S]*\[0, 2\]"):
+    altered(release[0], tmp_path / "source", name, lambda raw: raw.__setitem__(2, code))
+    altered(release[0], tmp_path / "source", name.replace(".scale", ".weight"), lambda raw: raw.__setitem__(32, 0x77))
+    with pytest.raises(WeightError, match=said) as caught:
         run(job(tmp_path / "source", tmp_path / "out", "toy"))
+    assert re.fullmatch(r"layers.1.ffn.experts.1.w3.weight in .*safetensors, .*w3.scale in .*", str(caught.value.where))
     done = (tmp_path / "out" / ".dsv4q").rglob("*")
     assert any("layers.0" in path.read_text(errors="ignore") for path in done if path.is_file())
 
