@@ -32,7 +32,10 @@ OPTIONS = {
     "quantize": [
         "--config/-c", "--data", "--device", "--resume/--no-resume", "--dry-run", "--json", "--quiet/-q",
     ],
-    "rehearse": ["--config/-c", "--source", "--layers", "--keep", "--device", "--json", "--quiet/-q"],
+    "rehearse": [
+        "--config/-c", "--source", "--layers", "--native", "--keep", "--judge/--no-judge", "--device", "--json",
+        "--quiet/-q",
+    ],
     "dequantize": ["--shards", "--resume/--no-resume", "--json", "--quiet/-q"],
     "verify-shards": ["--source", "--deep", "--device", "--json", "--quiet/-q"],
     "report": ["--out/-o", "--verify", "--verification", "--json", "--quiet/-q"],

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from dsv4q.checkpoint.against_layout import compare_with_layout
-from dsv4q.checkpoint.native import FP8, MXFP4, release_form
-from dsv4q.errors import SourceError
+from dsv4q.checkpoint.native import FP8, MXFP4, as_source, forms_of, release_form
+from dsv4q.errors import SourceError, UsageError
 from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
 from dsv4q.formats.exact import fp8_block_scales
 from dsv4q.layout import Dims, Role
 from dsv4q.made_up.generated import GeneratedCheckpoint, kind_of
+from dsv4q.made_up.native import native_form
+from dsv4q.made_up.packed import PackedCheckpoint
 from dsv4q.made_up.toy import ToyConfig
 
 CONFIG = ToyConfig().as_config_json()
@@ -135,3 +137,45 @@ def test_the_fingerprint_knows_seed_and_dimensions(made: GeneratedCheckpoint, tm
     prints = [made.fingerprint(), generated(tmp_path, seed=1).fingerprint(), other.fingerprint()]
     assert len({json.dumps(p) for p in prints}) == 3
     assert made.fingerprint() == generated(tmp_path).fingerprint()
+
+
+# ------------------------------------------------------------------------------------------------ in the native layout
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
+def test_a_packed_checkpoint_stands_for_the_plain_one(expert_dtype: str, tmp_path: Path) -> None:
+    plain = GeneratedCheckpoint.of({**CONFIG, "expert_dtype": expert_dtype}, tmp_path)
+    native = as_source(PackedCheckpoint.of(plain))
+    assert (native.problems, native.tensors.keys()) == ((), plain.tensors.keys())
+    assert [name for name in plain.tensors if bytes(native.read(name)) != bytes(plain.read(name))] == []
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
+def test_a_packed_checkpoint_has_the_tensors_of_the_release(expert_dtype: str, tmp_path: Path) -> None:
+    plain = GeneratedCheckpoint.of({**CONFIG, "expert_dtype": expert_dtype}, tmp_path)
+    packed = PackedCheckpoint.of(plain)
+    stored = {
+        s.name: (s.dtype, s.shape) for spec in plain.specs.values() for s in native_form(expert_dtype).stored(spec)
+    }
+    assert {name: (entry.dtype, entry.shape) for name, entry in packed.tensors.items()} == stored
+    assert forms_of(as_source(packed))[MXFP4 if expert_dtype == "fp4" else FP8] >= 120
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "layers.0.attn.wq_b.weight", "layers.0.attn.wq_b.scale",
+                                  "layers.3.ffn.experts.0.w1.weight", "layers.3.ffn.experts.0.w1.scale"])  # fmt: skip
+def test_parts_of_a_packed_tensor_are_its_bytes(name: str, made: GeneratedCheckpoint) -> None:
+    packed = PackedCheckpoint.of(made)
+    whole = bytes(packed.read(name))
+    middle = bytearray(len(whole) - 2)
+    packed.read_part(name, 1, memoryview(middle))
+    assert bytes(middle) == whole[1:-1]
+
+
+def test_packed_experts_with_half_a_group_in_a_row_are_refused(tmp_path: Path) -> None:
+    plain = GeneratedCheckpoint.of({**CONFIG, "moe_intermediate_size": 144}, tmp_path)
+    with pytest.raises(UsageError, match=r"layers\.0\.ffn\.experts\.0\.w2\.weight(.|\n)*multiple of 32"):
+        PackedCheckpoint.of(plain)
+
+
+def test_packed_and_plain_are_told_apart(made: GeneratedCheckpoint) -> None:
+    assert PackedCheckpoint.of(made).fingerprint() != made.fingerprint()

@@ -30,8 +30,18 @@ class Done:
 
 
 def quantize(source: Path, out: Path, ranks: int, config: Path = TOY, *, kill: str | None = None) -> Done:
-    """`dsv4q quantize` as users start it; `kill` = "RANK:BLOCK" SIGKILLs that rank when it begins that block."""
-    command = ["dsv4q", "quantize", str(source), str(out), "-c", str(config), "--device", "cpu"]
+    """`dsv4q quantize` as users start it; see `started`."""
+    return started(ranks, "quantize", source, out, "-c", config, kill=kill)
+
+
+def rehearse(source: Path, out: Path, ranks: int, *flags: str, kill: str | None = None) -> Done:
+    """`dsv4q rehearse` as users start it; see `started`."""
+    return started(ranks, "rehearse", out, "-c", TOY, "--source", source, *flags, kill=kill)
+
+
+def started(ranks: int, *arguments: object, kill: str | None) -> Done:
+    """A command under torchrun; `kill` = "RANK:BLOCK" SIGKILLs that rank when it begins that block."""
+    command = ["dsv4q", *map(str, arguments), "--device", "cpu"]
     start = [sys.executable, "-m"]
     if ranks > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
@@ -101,6 +111,33 @@ def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_resumes_it(
     whole, shared = planned(job, 1)[0], work_done(tmp_path / "out")
     assert [rank["rank"] for rank in shared] == [0, 1]
     assert all(sum(rank[key] for rank in shared) == whole[key] for key in ("encoded_linears", "write_bytes"))
+
+
+def test_a_rehearsal_of_several_ranks_writes_the_shards_of_one(job: Job, tmp_path: Path) -> None:
+    outs = {ranks: tmp_path / f"out{ranks}" for ranks in (1, 2)}
+    for ranks, out in outs.items():
+        done = rehearse(job.source, out, ranks, "--native", "--keep", "--json")
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        assert (result["differences"], result["counts"]["shards_verified"]) == ([], 4)
+        assert len(result["report"]["ranks"]) == ranks
+    shards = sorted(path.name for path in outs[1].glob("*.safetensors"))
+    assert [n for n in shards if (outs[1] / n).read_bytes() != (outs[2] / n).read_bytes()] == []
+
+
+def test_a_rehearsal_of_several_ranks_leaves_nothing(job: Job, tmp_path: Path) -> None:
+    done = rehearse(job.source, tmp_path / "out", 2)
+    assert (done.code, done.out.count("0 differences")) == (0, 1), done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_dies_ends_the_rehearsal_and_the_next_one_replaces_it(job: Job, tmp_path: Path) -> None:
+    done = rehearse(job.source, tmp_path / "out", 2, kill="1:layers.2")
+    assert done.code != 0
+    assert "error: Another rank of this job is gone" in done.err or "error: Stopped before the end" in done.err
+    again = rehearse(job.source, tmp_path / "out", 1, "--layers", "1")
+    assert again.code == 0, again.err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_ranks_do_what_the_plan_said_where_experts_are_no_stacks(job: Job, tmp_path: Path) -> None:

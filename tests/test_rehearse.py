@@ -126,6 +126,33 @@ def test_two_rehearsals_give_the_same_shards(kept: Path, source: Path, tmp_path:
     assert [n for n in shards if (kept / n).read_bytes() != (tmp_path / "again" / n).read_bytes()] == []
 
 
+def test_native_weights_give_the_shards_of_the_plain_ones(kept: Path, source: Path, tmp_path: Path) -> None:
+    result = run(tmp_path / "out", source, native=True, keep=True)
+    assert result["report"]["source"]["forms"].keys() >= {"MXFP4", "FP8"}
+    assert (result["differences"], result["counts"]["exact"]) == ([], {"attention projection": 20, "routed expert": 96})
+    shards = [path.name for path in kept.glob("*.safetensors")]
+    assert [n for n in shards if (kept / n).read_bytes() != (tmp_path / "out" / n).read_bytes()] == []
+
+
+def test_the_reading_that_a_real_run_adds_is_that_of_the_layout(source: Path, tmp_path: Path) -> None:
+    plain, native = (run(tmp_path / name, source, layers=1, native=name == "native") for name in ("plain", "native"))
+    assert plain["real_run"]["source_bytes"] > 2 * native["real_run"]["source_bytes"]
+
+
+def test_unjudged_shards_are_written_and_dropped(spoiled: dict[str, str], source: Path, tmp_path: Path) -> None:
+    spoiled["head.weight"] = "a judge would see it"
+    arguments = ("-c", CONFIGS / "toy.yaml", "--source", source, "--device", "cpu", "--no-judge")
+    code, text = cli("rehearse", tmp_path / "out", *arguments)
+    assert (code, (tmp_path / "out").exists()) == (0, False)
+    assert "4 shards written, not verified" in text and "judged" not in text
+
+
+def test_an_unjudged_rehearsal_may_be_kept(source: Path, kept: Path, tmp_path: Path) -> None:
+    result = run(tmp_path / "out", source, judged=False, keep=True)
+    assert result["counts"] == {"shards": 4}
+    assert verify(tmp_path / "out", source=None, deep=True, progress=None).differences == ()
+
+
 def test_a_recipe_that_rounds_is_judged_too(source: Path, tmp_path: Path) -> None:
     minmax = load_config(CONFIGS / "nvfp4-fp8-mtp-minmax.yaml")
     config = minmax.model_copy(update={"calibration": TOY.calibration, "output": TOY.output})

@@ -209,7 +209,13 @@ def rehearse(
         int | None,
         typer.Option(min=1, help="Only so many main layers, of every kind, and proportionally fewer shards."),
     ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Made-up weights as DeepSeek publishes them, FP8 and MXFP4, not BF16.")
+    ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the shards: OUT becomes a complete artifact.")] = False,
+    judged: Annotated[
+        bool, typer.Option("--judge/--no-judge", help="Verify each shard; without, the time is that of quantize.")
+    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     gpu_memory: GpuMemory = None,
     as_json: Json = False,
@@ -219,14 +225,19 @@ def rehearse(
 
     Tells time, memory and disk before the download: the same as quantize at the real dimensions, but weights are made
     up as they are read, and each shard is verified and then deleted. Exit code 3 if a shard is not as it must be.
+    Several GPUs: start it with torchrun, as quantize.
     """
     from dsv4q import rehearse as story
     from dsv4q.config import load_config
     from dsv4q.report.rehearsal import show_rehearsal
 
     console = console_of(as_json, quiet)
-    wanted = story.Rehearsal(out, load_config(config), source or story.FLASH, layers, keep, device, gpu_memory)
+    wanted = story.Rehearsal(
+        out, load_config(config), source or story.FLASH, layers, keep, device, gpu_memory, native, judged
+    )
     result = story.rehearse(wanted, console)
+    if result is None:  # another rank than the first
+        return
     console.data(result)
     show_rehearsal(result, console)
     if result["differences"]:

@@ -96,7 +96,8 @@ def free_bytes(path: Path) -> int:
 def stoppable() -> Iterator[Callable[[], None]]:
     """Context in which Ctrl-C and SIGTERM wait for a call of the function that it gives: it raises KeyboardInterrupt.
 
-    A second Ctrl-C ends the process at once; what is finished is on disk at any moment. Off the main thread, where no
+    A second Ctrl-C ends the process at once; what is finished is on disk at any moment. Once one of several ranks has
+    failed in here, it does not heed SIGTERM any more. Off the main thread, where no
     handler can be set, signals are left as they are.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -116,6 +117,11 @@ def stoppable() -> Iterator[Callable[[], None]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield check
+    except BaseException:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # torchrun sends SIGTERM to all ranks when one fails: what this one has to say and to clean comes first.
+            del before[signal.SIGTERM]
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

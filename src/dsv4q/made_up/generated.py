@@ -21,18 +21,17 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.native import MXFP4, release_form
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.formats.dtypes import E2M1_VALUES
 from dsv4q.layout import DTYPE_BYTES, Dims, Role, TensorSpec, source_tensors
+from dsv4q.made_up.pools import FP8_GRID, GROUP, HASH_TABLE, MXFP4_GRID, NORMAL, Kind, make_pool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,27 +47,13 @@ PIECE = 2 << 20
 PIECES = 4
 """Pieces of a small tensor at least, so that two tensors do not come out equal by chance."""
 
-_MXFP4, _FP8, _NORMAL, _EXPERTS = "mxfp4", "fp8", "normal", "experts"
-_GROUP, _BAND = 32, 128
-_MOST = {_MXFP4: 1 << 25}
+_BAND = 128
+_MOST = {MXFP4_GRID: 1 << 25}
 _USUAL = 1 << 22
 """Elements of a pool at most, where a model's tensors are large: 64 MiB of experts, 8 MiB of other BF16."""
 _LEAST = 1 << 20
 _TABLE_ROWS = 1 << 13
 """Rows of the pool of hash tables."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Where the values of a tensor come from; tensors of one kind share a pool."""
-
-    name: str
-    dtype: str
-    scale: float = 1.0
-    """Standard deviation, or the power of two next to it; of hash tables the number of experts."""
-    mean: float = 0.0
-    width: int = 1
-    """Elements that belong together: a piece begins and ends between two such groups."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +116,7 @@ class GeneratedCheckpoint(Checkpoint):
 
     def read_part(self, name: str, start: int, buffer: memoryview) -> None:
         """Write those bytes of a tensor into `buffer` that begin at byte `start` of it."""
-        import numpy as np
-
-        there = np.frombuffer(buffer, dtype=np.uint8)
-        for extent in self.extents(name):
-            begin, end = max(extent.start, start), min(extent.start + extent.nbytes, start + len(there))
-            if begin < end:
-                at = extent.offset + begin - extent.start
-                # NumPy lets other threads run while it copies.
-                there[begin - start : end - start] = self.pool(extent.kind)[at : at + end - begin]
+        copy_part(self.extents(name), self.pool, start, buffer)
 
     def fetched(self, name: str, *, pinned: bool = False) -> Callable[[torch.Tensor], None]:
         """See `Checkpoint.fetched`; there is nothing to read, values are copied on the device itself."""
@@ -179,14 +156,14 @@ class GeneratedCheckpoint(Checkpoint):
 
     def _pieces(self, name: str, entry: TensorEntry, digest: int) -> Iterator[tuple[int, int, Kind]]:
         """(first byte, bytes, kind) of each piece; of FP8 every band of 128 rows has a scale of its own."""
-        kind = self._kinds[name]
+        kind = self.kinds[name]
         unit = kind.width * DTYPE_BYTES[kind.dtype]
         most = min(PIECE, -(-entry.nbytes // PIECES), self._pool_bytes(kind) // 2)
         longest = max(unit, most // unit * unit)
-        band = entry.shape[1] * _BAND * DTYPE_BYTES[kind.dtype] if kind.name == _FP8 else entry.nbytes
+        band = entry.shape[1] * _BAND * DTYPE_BYTES[kind.dtype] if kind.name == FP8_GRID else entry.nbytes
         for number, first in enumerate(range(0, entry.nbytes, band)):
             end = min(first + band, entry.nbytes)
-            shift = (digest >> number % 32) % 3 if kind.name == _FP8 else 0
+            shift = (digest >> number % 32) % 3 if kind.name == FP8_GRID else 0
             made = Kind(kind.name, kind.dtype, kind.scale * 2.0**-shift) if shift else kind
             for start in range(first, end, longest):
                 yield start, min(longest, end - start), made
@@ -194,22 +171,33 @@ class GeneratedCheckpoint(Checkpoint):
     # ------------------------------------------------------------------------------------------------ pools
 
     @cached_property
-    def _kinds(self) -> dict[str, Kind]:
+    def kinds(self) -> dict[str, Kind]:
+        """The kind of each tensor; bands of an FP8 one may have smaller scales."""
         experts = int(self.config["n_routed_experts"])
-        return {name: kind_of(spec, experts) for name, spec in self.specs.items()}
+        return {name: kind_of(spec, experts, self.expert_dtype) for name, spec in self.specs.items()}
+
+    @property
+    def expert_dtype(self) -> str:
+        """`fp4` or `fp8`, as in the release's config.json and Base's: on whose grid the routed experts lie."""
+        return str(self.config.get("expert_dtype", "fp4"))
 
     @cached_property
-    def _every_kind(self) -> tuple[Kind, ...]:
+    def every_kind(self) -> tuple[Kind, ...]:
+        """Kinds of all pools."""
         return tuple({extent.kind: None for name in self.specs for extent in self.extents(name)})
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of all pools."""
-        return sum(self._pool_bytes(kind) for kind in self._every_kind)
+        return self.bytes_of(self.every_kind)
+
+    def bytes_of(self, kinds: Iterable[Kind]) -> int:
+        """Bytes of these pools."""
+        return sum(self._pool_bytes(kind) for kind in kinds)
 
     def make_pools(self) -> None:
         """Make every pool now instead of when it is first read."""
-        for kind in self._every_kind:
+        for kind in self.every_kind:
             self.pool(kind)
 
     def pool(self, kind: Kind) -> np.ndarray[Any, Any]:
@@ -218,7 +206,7 @@ class GeneratedCheckpoint(Checkpoint):
         if found is None:
             with self._pools.lock:
                 if kind not in self._pools.host:
-                    self._pools.host[kind] = _make(kind, self._pool_bytes(kind) // DTYPE_BYTES[kind.dtype], self.seed)
+                    self._pools.host[kind] = make_pool(kind, self.pool_length(kind), self.seed)
                 found = self._pools.host[kind]
         return found
 
@@ -231,23 +219,42 @@ class GeneratedCheckpoint(Checkpoint):
                 self._pools.devices[key] = torch.from_numpy(self.pool(kind)).to(device)
             return self._pools.devices[key]
 
+    def pool_length(self, kind: Kind) -> int:
+        """Elements of a pool."""
+        return self._pool_bytes(kind) // DTYPE_BYTES[kind.dtype]
+
     def _pool_bytes(self, kind: Kind) -> int:
-        if kind.name == _EXPERTS:
+        if kind.name == HASH_TABLE:
             return _TABLE_ROWS * kind.width * DTYPE_BYTES[kind.dtype]
         return min(self.elements, _MOST.get(kind.name, _USUAL)) * DTYPE_BYTES[kind.dtype]
 
 
-def kind_of(spec: TensorSpec, experts: int) -> Kind:
-    """Which values a tensor has. What the release stores as MXFP4 or FP8 lies on that grid."""
+def copy_part(
+    extents: Iterable[Extent], pool: Callable[[Kind], np.ndarray[Any, Any]], start: int, buffer: memoryview
+) -> None:
+    """Write those bytes of a tensor of these extents into `buffer` that begin at byte `start` of it."""
+    import numpy as np
+
+    there = np.frombuffer(buffer, dtype=np.uint8)
+    for extent in extents:
+        begin, end = max(extent.start, start), min(extent.start + extent.nbytes, start + len(there))
+        if begin < end:
+            at = extent.offset + begin - extent.start
+            # NumPy lets other threads run while it copies.
+            there[begin - start : end - start] = pool(extent.kind)[at : at + end - begin]
+
+
+def kind_of(spec: TensorSpec, experts: int, expert_dtype: str = "fp4") -> Kind:
+    """Which values a tensor has. What the release stores as MXFP4 or FP8 lies on that grid; see `release_form`."""
     if spec.name.endswith("tid2eid"):
-        return Kind(_EXPERTS, spec.dtype, scale=experts, width=spec.shape[1])
-    form = release_form(spec)
+        return Kind(HASH_TABLE, spec.dtype, scale=experts, width=spec.shape[1])
+    form = release_form(spec, expert_dtype)
     if form is not None:
         scale = 2.0 ** round(-math.log2(spec.shape[1]) / 2)
-        name, width = (_MXFP4, _GROUP) if form == MXFP4 else (_FP8, 1)
+        name, width = (MXFP4_GRID, GROUP) if form == MXFP4 else (FP8_GRID, 1)
         return Kind(name, spec.dtype, scale, width=width)
     mean, deviation = moments(spec)
-    return Kind(_NORMAL, spec.dtype, deviation, mean)
+    return Kind(NORMAL, spec.dtype, deviation, mean)
 
 
 def moments(spec: TensorSpec) -> tuple[float, float]:
@@ -263,60 +270,3 @@ def moments(spec: TensorSpec) -> tuple[float, float]:
     if len(spec.shape) == 1 or spec.name.endswith(".ape"):
         return 0.0, 0.5
     return 0.0, 1 / math.sqrt(spec.shape[-1])
-
-
-# ------------------------------------------------------------------------------------------------ values
-
-
-def _make(kind: Kind, count: int, seed: int) -> np.ndarray[Any, Any]:
-    """The pool of a kind: `count` elements, as U8. A function of seed and kind alone."""
-    import numpy as np
-
-    key = hashlib.blake2b(f"{seed}:{kind}".encode(), digest_size=16).digest()
-    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    if kind.name == _MXFP4:
-        return _mxfp4(kind, count, rng).view(np.uint8)
-    if kind.name == _FP8:
-        return _fp8(kind, count, rng).view(np.uint8)
-    if kind.name == _EXPERTS:
-        order = rng.random((count // kind.width, int(kind.scale)), dtype=np.float32).argsort(axis=1, kind="stable")
-        return order[:, : kind.width].astype(np.int64, order="C").reshape(-1).view(np.uint8)
-    values = rng.standard_normal(count, dtype=np.float32) * np.float32(kind.scale) + np.float32(kind.mean)
-    return (_bf16(values) if kind.dtype == "BF16" else values).view(np.uint8)
-
-
-def _mxfp4(kind: Kind, count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """BF16 as U16: Gaussian quantiles rounded to E2M1, times a power of two for each group of 32."""
-    import numpy as np
-
-    normal = NormalDist()
-    quantiles = np.array([normal.inv_cdf((i + 0.5) / 256) for i in range(256)])
-    grid = np.array(E2M1_VALUES[:8])
-    codes = np.abs(np.abs(quantiles[:, None]) * 6 / quantiles[-1] - grid).argmin(axis=1)
-    values = np.copysign(grid[codes], quantiles)
-    # Their deviation is about 2.2, and that of the four factors 0.6.
-    table = _bf16((kind.scale * 2.0 ** -np.arange(4.0)[:, None] * values).astype(np.float32))
-    pool = np.empty((count // _GROUP, _GROUP), dtype=np.uint16)
-    for rows in np.array_split(pool, max(1, count >> 20)):
-        factor = rng.integers(0, 4, (len(rows), 1), dtype=np.uint8)
-        rows[:] = table[factor, rng.integers(0, 256, rows.shape, dtype=np.uint8)]
-    return pool.reshape(-1)
-
-
-def _fp8(kind: Kind, count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """BF16 as U16: Gaussian quantiles rounded to E4M3, times one power of two."""
-    import numpy as np
-    import torch
-
-    normal = NormalDist(sigma=64)  # of 65,536 quantiles the last is at 4.2 deviations: 448 is not reached
-    quantiles = torch.tensor([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)])
-    table = _bf16(quantiles.to(torch.float8_e4m3fn).to(torch.float32).numpy() * np.float32(kind.scale / 64))
-    return table[rng.integers(0, 65536, count, dtype=np.uint16)]
-
-
-def _bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """U16 bit patterns of finite F32 values as BF16, ties to even."""
-    import numpy as np
-
-    bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)

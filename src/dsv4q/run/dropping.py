@@ -1,4 +1,4 @@
-"""What becomes of whole shards that nobody keeps: judged behind the run as they come, and deleted."""
+"""What becomes of whole shards that nobody keeps: judged behind the run as they come, if so wished, and deleted."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Dropping(Behind):
 
     Args:
         judge: called with a file in `out`, the header that it must have, and a function that raises once nobody wants
-            the verdict any more.
+            the verdict any more; None: shards are only deleted.
         device_bytes: of a GPU, that judging takes.
         keep: leave the files where they are.
 
     An error of the judge, such as a disk that cannot be read, is raised by the next `submit` or by `drain`.
     """
 
-    def __init__(self, judge: Judging, out: Path, device_bytes: int, *, keep: bool) -> None:
+    def __init__(self, judge: Judging | None, out: Path, device_bytes: int, *, keep: bool) -> None:
         super().__init__(1, TOGETHER)
         self.keep = keep
         self.busy, self.waited = 0.0, 0.0
@@ -51,7 +51,8 @@ class Dropping(Behind):
         begin = time.perf_counter()
         path = self._out / file
         try:
-            self._judge(file, header, self.check)
+            if self._judge is not None:
+                self._judge(file, header, self.check)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 "The GPU ran out of memory while a shard was judged",
