@@ -175,6 +175,30 @@ def test_no_thread_of_a_group_outlives_the_ranks(tmp_path: Path) -> None:
     assert done.stdout.count("left: []") == 2, done.stdout
 
 
+SYNCS = """
+import json, os
+from dsv4q.run.ranks import ranks
+with ranks("cpu") as here:
+    mine = [["a", "b", "c"], ["b", "c", "d"], []][here.share.rank]
+    found = [here.files_to_sync(mine)]
+    os.environ["GROUP_RANK"] = str(min(here.share.rank, 1))
+    found.append(here.files_to_sync(mine))
+    print(json.dumps([here.share.rank, mine, found]))
+"""
+
+
+def test_of_each_machine_one_rank_that_wrote_a_file_syncs_it(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SYNCS)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*start, tmp_path / "script.py"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert all(set(found[0]) <= set(mine) for _, mine, found in said)
+    assert sorted(file for _, _, found in said for file in found[0]) == ["a", "b", "c", "d"]
+    assert [found[1] for _, _, found in said] == [["a", "b", "c"], ["b", "c", "d"], []]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 300])
 @pytest.mark.parametrize("things", [1, 7, 256])
 def test_shares_hold_everything_once(count: int, things: int) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import stat
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -282,3 +283,47 @@ def test_a_block_that_is_being_finished_when_the_run_fails_is_still_told_done(pl
 
 def test_tensors_of_the_next_block_are_not_part_of_the_digest_before_it(plan: Plan, tmp_path: Path) -> None:
     assert len({digest for _, digest in write_behind(plan, tmp_path / "out", 1 << 30)}) == len(plan.blocks)
+
+
+# ------------------------------------------------------------------------------------------------ several ranks
+
+
+def test_a_writer_syncs_the_files_that_it_is_told_to(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = next(b for b in plan.blocks if len({s.file for s in plan.shards for t in s.tensors if t.block == b}) > 1)
+    asked: list[list[str]] = []
+    synced: list[str] = []
+
+    def first_of(files: Collection[str]) -> list[str]:
+        asked.append(sorted(files))
+        return sorted(files)[:1]
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = ShardWriter(tmp_path, plan)
+    writer.to_sync = first_of
+    for tensor in plan.block_tensors(block):
+        writer.put(tensor.name, content(tensor.name, tensor.nbytes))
+    assert len(writer.sync(block)) == len(plan.block_tensors(block))
+    assert len(asked[0]) == 2 and synced == [f"{asked[0][0]}.partial"]
+    writer.sync(block)
+    assert asked[1] == []  # one that has written nothing is asked too: the others wait for it
+    writer.close()
+
+
+def test_a_rank_that_names_no_shard_closes_what_another_has_named(plan: Plan, tmp_path: Path) -> None:
+    leader, other = ShardWriter(tmp_path, plan), ShardWriter(tmp_path, plan)
+    other.names_shards = False
+    for number, tensor in enumerate(plan.tensors):
+        (leader, other)[number % 2].put(tensor.name, content(tensor.name, tensor.nbytes))
+    assert leader.finish_blocks(plan.blocks) == [shard.file for shard in plan.shards]
+    assert (other.finish_blocks(plan.blocks), open_shards(tmp_path)) == ([], [])
+
+
+def open_shards(out: Path) -> list[str]:
+    """Files of OUT that this process has open."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    return [link for link in links if link.startswith(f"{out}/")]

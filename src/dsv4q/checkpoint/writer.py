@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
 from dsv4q.checkpoint.pipes import Behind
@@ -41,23 +42,34 @@ _IOV_MAX = 256
 """Pieces in one call of pwritev; the system takes 1024."""
 
 
+def _of_linux(name: str) -> Any:
+    """A function of the C library that only Linux has; None elsewhere."""
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None) if sys.platform.startswith("linux") else None
+
+
+_SYNC_FILE_RANGE = _of_linux("sync_file_range")
+_SYNC_FILE_RANGE_WRITE = 2
+_WORTH_A_CALL = 1 << 20
+
+
 def _start_writing_back(handle: int, offset: int, length: int) -> None:
     """Have the system bring these bytes to the disk now, not when fsync asks.
 
     Left alone it waits until a tenth of the memory is dirty, and the disk idles until the fsync: half the time of a
-    run that the disk limits (docs/log.md). The advice that pages are not needed begins their write-back on Linux.
+    run that the disk limits (docs/log.md). The advice that pages are not needed (`posix_fadvise`) begins their
+    write-back too, but then waits for every core of the machine to let go of them, one caller at a time.
     """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
+    if _SYNC_FILE_RANGE is not None and length >= _WORTH_A_CALL:
+        _SYNC_FILE_RANGE(handle, ctypes.c_longlong(offset), ctypes.c_longlong(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def _allocate(handle: int, size: int) -> None:
     """Have the file system find room for the whole file now, where it can: it refuses early, and writes faster.
 
-    Not `os.posix_fallocate`, which writes zeros where the file system has no such thing.
+    Not `os.posix_fallocate`, which writes zeros where the file system has no such thing. Another rank may have done it.
     """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is None or not sys.platform.startswith("linux"):
+    fallocate = _of_linux("fallocate")
+    if fallocate is None or os.fstat(handle).st_blocks * 512 >= size:
         return
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
     if fallocate(handle, 0, 0, size) and ctypes.get_errno() == errno.ENOSPC:
@@ -88,6 +100,9 @@ class ShardWriter:
         self.out = out
         self.names_shards = True
         """Whether `finish_blocks` gives whole shards their name; of several ranks one does."""
+        self.to_sync: Callable[[Collection[str]], Collection[str]] = lambda files: files
+        """Files that this process wrote for a block -> those that it is to make durable; of several ranks each calls it
+        when it has written all, and it returns when all have."""
         self._on_whole = on_whole
         self._place: dict[str, tuple[PlannedShard, int]] = {}
         self._tensor: dict[str, PlannedTensor] = {}
@@ -140,10 +155,9 @@ class ShardWriter:
         """Make a block's tensors durable; the sha256 of each that was put since its last sync, by name."""
         with self._lock:
             written = self._written.pop(block, {})
-            handles = {file: self._open[file] for file in {self._place[name][0].file for name in written}}
-        for file, handle in handles.items():
+        for file in self.to_sync({self._place[name][0].file for name in written}):
             with disk_errors("Writing a shard failed", self.out / file):
-                os.fsync(handle)
+                os.fsync(self._open[file])
         return written
 
     def finish_blocks(self, blocks: Iterable[str]) -> list[str]:
@@ -158,19 +172,20 @@ class ShardWriter:
             if missing:
                 continue
             del self._missing[file]
-            if not (self.out / file).is_file():
-                self._complete(self._shards[file])
+            self._close(file)
+            if self.names_shards and not (self.out / file).is_file():
+                self._name(self._shards[file])
                 whole.append(file)
                 self._on_whole(self._shards[file])
         return whole
 
-    def _complete(self, shard: PlannedShard) -> None:
+    def _close(self, file: str) -> None:
         with self._lock:
-            handle = self._open.pop(shard.file, None)
+            handle = self._open.pop(file, None)
         if handle is not None:
             os.close(handle)
-        if not self.names_shards:
-            return
+
+    def _name(self, shard: PlannedShard) -> None:
         partial = self._partial(shard)
         if not partial.is_file() or partial.stat().st_size != shard.nbytes:
             raise OutputError(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -108,6 +109,30 @@ class Ranks:
             group = self._groups["behind" if behind else "ahead"]
             dist.gather_object(value, found if self.is_leader else None, dst=0, group=group)
         return found if self.is_leader else []
+
+    def files_to_sync(self, files: Collection[str]) -> list[str]:
+        """Of the files that the ranks of this machine wrote for a block, those that this one is to make durable.
+
+        fsync brings to the disk what all processes of a machine wrote into a file. N calls for the same file wait for
+        the same pages N times, and make N commits of the file system. What another machine wrote is not in its reach.
+
+        Args:
+            files: that this rank wrote. It has written all, and goes on when all ranks have. Called by the thread that
+                finishes blocks.
+        """
+        if self.is_alone:
+            return sorted(files)
+        # torchrun's number of this machine; without it every rank is taken to be on a machine of its own
+        machine = os.environ.get("GROUP_RANK", f"rank {self.share.rank}")
+        found: list[Any] = [None] * self.share.count
+        with _talking("waiting for all to have written"):
+            dist.all_gather_object(found, (machine, sorted(files)), group=self._groups["behind"])
+        writers: dict[str, list[int]] = defaultdict(list)
+        for rank, (where, names) in enumerate(found):
+            for name in names if where == machine else ():
+                writers[name].append(rank)
+        turns = enumerate(sorted(writers))
+        return [name for n, name in turns if writers[name][n % len(writers[name])] == self.share.rank]
 
 
 @contextmanager

@@ -72,6 +72,7 @@ def run_blocks(run: Run, journal: Journal, console: Console) -> list[dict[str, i
     """
     writer = run.make_writer(run.out, run.plan)
     writer.names_shards = run.ranks.is_leader
+    writer.to_sync = run.ranks.files_to_sync
     if all(block in journal.done for block in run.plan.blocks if run.plan.block_tensors(block)):
         writer.finish_blocks(run.plan.blocks)
     else:
