@@ -1,7 +1,9 @@
 """`dsv4q quantize` on a benchmark's source, in a process of its own. Prints one JSON object.
 
     python scripts/bench_dsv4q.py SOURCE OUT [--sink] [--profile] [--config C] [--samples 64] [--length 512]
-                                  [--micro-batch 8] [--device cuda]
+                                  [--micro-batch 8] [--device cuda] [--gpu-memory BYTES]
+
+Several ranks: start it with torchrun; rank 0 prints.
 
 With `--sink` the bytes are dropped where they would be written: everything is computed and copied to the host, no
 shard is made. With `--modules` the routed experts take the slow way, linear by linear under llmcompressor's hooks. With
@@ -23,18 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import open_source
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.config import Config, load_config, parse_config
-from dsv4q.console import Console, Mode, Progress
+from dsv4q.console import Console, Mode, Progress, is_first_rank
 from dsv4q.host import peak_memory
 from dsv4q.layout import Role
 from dsv4q.plan.plan import Plan
 from dsv4q.quantize import Job, begin, prepare, quantize
 from dsv4q.report.build import build_report
-from dsv4q.run.ranks import Ranks
+from dsv4q.run.ranks import Ranks, ranks
 from dsv4q.run.run import run_blocks
 from dsv4q.run.stacked import StackLayout
 
@@ -69,6 +72,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--gpu-memory", type=int, help="bytes of the GPU that the run may take")
+
+
+def job_of(options: argparse.Namespace) -> Job:
+    """The run that the options ask for."""
+    capped = {} if options.gpu_memory is None else {"gpu_memory": options.gpu_memory}
+    return Job(options.source, options.out, config_of(options), device=options.device, **capped)
 
 
 def config_of(options: argparse.Namespace) -> Config:
@@ -190,18 +200,55 @@ def covered(events: Iterable[Any]) -> float:
     return total
 
 
-def blocks_alone(job: Job, console: Console) -> dict[str, Any]:
+def blocks_alone(job: Job, console: Console, here: Ranks) -> dict[str, Any]:
     """A run of the job from its start with the bytes thrown away; returns the report. Nothing is verified."""
     with open_source(job.source) as source:
-        run = replace(begin(job, prepare(job), source, Ranks()), make_writer=Discard)
-        journal = Journal.open(job.out, run.identity(), resume=False)
+        run = replace(begin(job, prepare(job), source, here), make_writer=Discard)
+        here.wait_for_all()
+        if here.is_leader:
+            journal = Journal.open(job.out, run.identity(), resume=False)
+        done = here.from_leader({})
+        if not here.is_leader:
+            journal = Journal.follow(job.out, done)
         try:
             peaks = run_blocks(run, journal, console)
-            journal.remove()
+            if here.is_leader:
+                journal.remove()
         finally:
             journal.close()
     seconds = time.time() - run.begin
     return build_report(run.plan, journal.done, run.identity(), run.data, seconds=seconds, peaks=peaks)
+
+
+@dataclass
+class Received:
+    """Counts the bytes that this rank gets of others."""
+
+    rank: int
+    nbytes: int = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        real = dist.broadcast
+
+        def broadcast(tensor: torch.Tensor, src: int, *arguments: Any, **keywords: Any) -> Any:
+            self.nbytes += tensor.nbytes * (src != self.rank)
+            return real(tensor, src, *arguments, **keywords)
+
+        dist.broadcast = broadcast
+        try:
+            yield
+        finally:
+            dist.broadcast = real
+
+
+def sunk(job: Job, console: Console) -> dict[str, Any]:
+    """The report of `blocks_alone`, with the bytes that rank 0 received of the others."""
+    with ranks(job.device) as here:
+        received = Received(here.share.rank)
+        with received.counting():
+            report = blocks_alone(job, console, here)
+    return report | {"received_bytes": received.nbytes}
 
 
 def main() -> None:
@@ -211,16 +258,23 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--modules", action="store_true", help="experts as modules under llmcompressor's hooks")
     options = parser.parse_args()
-    job = Job(options.source, options.out, config_of(options), device=options.device)
+    job = job_of(options)
     plan = prepare(job)
     profile = LayerProfile(f"layers.{max(plan.dims.layers - 2, 0)}", options.device.startswith("cuda"))
     console = WatchingConsole(began=profile.began) if options.profile else Console(Mode.QUIET)
     if options.modules:
         StackLayout.of = classmethod(lambda _cls, _members: None)  # type: ignore[method-assign,assignment]
-    report = blocks_alone(job, console) if options.sink else quantize(job, console)
+    report = sunk(job, console) if options.sink else quantize(job, console)
+    if not is_first_rank():
+        return
     finish(
         {
-            "blocks": [{"block": b["block"], "seconds": b["seconds"]} for b in report["blocks"]],
+            "ranks": report["ranks"],
+            "received_bytes": report.get("received_bytes"),
+            "blocks": [
+                {"block": b["block"], "seconds": b["seconds"], "ranks": [rank["seconds"] for rank in b["ranks"]]}
+                for b in report["blocks"]
+            ],
             "digests": {b["block"]: b["digest"] for b in report["blocks"]},
             "errors": report["errors"],
             "seconds": report["seconds"]["this_process"],

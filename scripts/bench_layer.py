@@ -3,11 +3,14 @@
     python scripts/bench_layer.py WORK [--layers 3] [--samples 64] [--length 512] [--micro-batch 8] [--device cuda]
         [--config configs/nvfp4-fp8-mtp.yaml] [--source FOLDER] [--only ceilings,stock,sink,files]
         [--stock-batches 1,8] [--stock-layers K] [--double] [--profile] [--twin] [--verify] [--json FILE]
-        [--width full|toy] [--native]
+        [--width full|toy] [--native] [--ranks 1,2,4] [--gpu-memory BYTES]
 
 Makes a source of K layers of the real width (hidden 4096, 256 experts of 2048; 13.2 GB of BF16 each; weights on the
 MXFP4 and FP8 grids) in WORK/source, or FOLDER, unless it is there, and lets all parts work on the same files, each in
 a process of its own, so that its peaks are its own. Prints Markdown tables.
+
+With `--ranks` ceilings, sink and files are measured once for each number of ranks, on as many GPUs under torchrun, each
+rank with its own seconds; the digests of all blocks are compared. Each measurement is one line of JSON as it is done.
 
     ceilings  storage in WORK, page cache, copies, matmul, sha256 (ceilings.py)
     stock     llmcompressor's sequential pipeline and save, per batch size (bench_stock.py)
@@ -56,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-stock", action="store_true")
     parser.add_argument("--stock-batches", default="1,8")
     parser.add_argument("--stock-layers", type=int, help="stock on the first so many layers only")
+    parser.add_argument("--ranks", default="1", help="comma list of numbers of ranks, ascending")
     parser.add_argument("--native", action="store_true", help="a source in DeepSeek's own layout; stock cannot read it")
     parser.add_argument("--double", action="store_true", help="the sink on twice the layers, too")
     parser.add_argument("--profile", action="store_true", help="the sink once more, one layer under torch.profiler")
@@ -64,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="data to measure the storage with")
     parser.add_argument("--json", type=Path, help="everything that was measured, for machines")
     options = parser.parse_args()
+    options.counts = [int(count) for count in options.ranks.split(",")]
     no_stock = options.no_stock or options.native
     options.parts = [p for p in options.only.split(",") if not (p == "stock" and no_stock)]
     unknown = set(options.parts) - set(PARTS)
@@ -72,13 +77,14 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def child(options: argparse.Namespace, script: str, *arguments: object) -> dict[str, Any]:
-    """Run one of the scripts; the JSON object on the last line of its output.
+def child(options: argparse.Namespace, script: str, *arguments: object, ranks: int = 1) -> dict[str, Any]:
+    """Run one of the scripts, several ranks under torchrun; the JSON object on the last line of its output.
 
     Raises:
         subprocess.CalledProcessError: it failed, and has said why on stderr.
     """
-    command = [sys.executable, str(HERE / script), *map(str, arguments), "--device", options.device]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(HERE / script), *map(str, arguments), "--device", options.device]
     hidden = {} if options.device.startswith("cuda") else {"CUDA_VISIBLE_DEVICES": ""}
     env = {**os.environ, "LLM_COMPRESSOR_LOG_DISABLED": "true", "TQDM_DISABLE": "1", **hidden}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
@@ -91,9 +97,11 @@ def settings(options: argparse.Namespace, batch: int) -> list[object]:
             "--micro-batch", batch]  # fmt: skip
 
 
-def run_dsv4q(options: argparse.Namespace, source: Path, *flags: str) -> dict[str, Any]:
+def run_dsv4q(options: argparse.Namespace, source: Path, *flags: str, ranks: int = 1) -> dict[str, Any]:
     out = fresh(options.work / "artifact")
-    return child(options, "bench_dsv4q.py", source, out, *settings(options, options.micro_batch), *flags)
+    capped = [] if options.gpu_memory is None else ["--gpu-memory", options.gpu_memory]
+    arguments = (source, out, *settings(options, options.micro_batch), *capped, *flags)
+    return child(options, "bench_dsv4q.py", *arguments, ranks=ranks)
 
 
 def run_stock(options: argparse.Namespace, source: Path, batch: int) -> dict[str, Any]:
@@ -144,14 +152,14 @@ def parts(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]
     if "ceilings" in options.parts:
         arguments = (options.work / "ceilings", "--source", source, "--gigabytes", options.gigabytes)
         yield "ceilings", lambda: child(options, "ceilings.py", *arguments)
+    for count in options.counts:
+        yield from parts_of_ranks(options, source, count)
     if "sink" in options.parts:
-        yield "sink", lambda: run_dsv4q(options, source, "--sink")
         if options.double:
             yield "double", lambda: run_dsv4q(options, of[2 * options.layers], "--sink")
         if options.profile:
             yield "profile", lambda: run_dsv4q(options, source, "--sink", "--profile")["profile"]
     if "files" in options.parts:
-        yield "files", lambda: run_dsv4q(options, source)
         if options.verify:
             yield "verified", lambda: verified(options, source)
         if options.twin:
@@ -163,6 +171,18 @@ def parts(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]
             yield f"stock {batch}", lambda batch=batch: run_stock(options, few, int(batch))  # type: ignore[misc]
 
 
+def parts_of_ranks(options: argparse.Namespace, source: Path, count: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is measured once for each number of ranks; of one rank the names are the plain ones."""
+    more = f" x{count}" if count > 1 else ""
+    if "ceilings" in options.parts and len(options.counts) > 1:
+        arguments = (options.work / "ceilings", "--gigabytes", options.gigabytes)
+        yield f"ceilings of ranks{more}", lambda: child(options, "ceilings_ranks.py", *arguments, ranks=count)
+    if "sink" in options.parts:
+        yield f"sink{more}", lambda: run_dsv4q(options, source, "--sink", ranks=count)
+    if "files" in options.parts:
+        yield f"files{more}", lambda: run_dsv4q(options, source, ranks=count)
+
+
 def verified(options: argparse.Namespace, source: Path) -> dict[str, Any]:
     """What `verify-shards --deep --source` says of the artifact."""
     from dsv4q.verify.judge import verify
@@ -170,6 +190,11 @@ def verified(options: argparse.Namespace, source: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     result = verify(options.work / "artifact", source=source, deep=True, progress=None, device=options.device)
     return {"seconds": time.perf_counter() - begin, "differences": [d.text() for d in result.differences]}
+
+
+def as_line(measured: dict[str, Any]) -> dict[str, Any]:
+    """A measurement without its longest parts, which `--json` keeps."""
+    return {key: value for key, value in measured.items() if key not in ("profile", "kernels")}
 
 
 def main() -> None:
@@ -180,6 +205,7 @@ def main() -> None:
     for name, measure in parts(options):
         try:
             found[name] = measure()
+            print(json.dumps({"measurement": name, **as_line(found[name])}), flush=True)
         except subprocess.CalledProcessError:
             failed.append(name)
         if options.json:  # after each part, for a later one may not come to its end

@@ -27,8 +27,11 @@ from dsv4q.formats.native import E8M0_BIAS, fp8_to_bf16, mxfp4_to_bf16
 from dsv4q.layout import Dims, TensorSpec, source_tensors
 from dsv4q.made_up.native import native_form, stored_specs
 from dsv4q.made_up.toy import ToyConfig, random_values, write_toy
+from dsv4q.made_up.words import chat_samples
 
 INDEX = "model.safetensors.index.json"
+CONVERSATIONS = 1 << 12
+"""Enough for 512 samples of 2,048 tokens."""
 FILES_OF_A_LAYER = 8
 """Threads that write to one file wait for each other, so there are as many files as threads."""
 
@@ -97,6 +100,8 @@ def write_source(out: Path, toy: ToyConfig, device: str, *, native: bool = False
         # tokenizer, chat samples and the like, of a checkpoint with the same vocabulary and one tiny layer
         write_toy(Path(small, "toy"), ToyConfig(compress_ratios=(0,), num_hash_layers=0, vocab_size=toy.vocab_size))
         copytree(Path(small, "toy"), out, ignore=ignore_patterns("*.safetensors", INDEX))
+    with (out / "chat_samples.jsonl").open("w") as file:
+        file.writelines(json.dumps({"messages": messages}) + "\n" for messages in chat_samples(CONVERSATIONS))
     _write_json(out / "config.json", {**toy.as_config_json(), **(native_form().config if native else {})})
     shards = _shards(source_tensors(toy.dims), native)
     threads = FILES_OF_A_LAYER if device.startswith("cuda") else 1

@@ -7,6 +7,8 @@ from typing import Any
 
 Found = Mapping[str, Any]
 
+STAGES = ("read", "exchange", "forward", "statistics", "encode", "sync")
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; floats with three significant digits."""
@@ -57,7 +59,10 @@ def tables(found: Found) -> str:
         parts.append(table(["ceiling", "GB/s"], found["ceilings"].items()))
     if stock_runs(found):
         parts.append(stock_table(stock_runs(found)))
-    parts += [stage_table(name, found[name]) for name in ("sink", "files", "double") if name in found]
+    names = [name for name in found if name.partition(" ")[0] in ("sink", "files", "double")]
+    parts += [stage_table(name, found[name]) for name in names]
+    if counts_of(found) != [1]:
+        parts.append(ranks_table(found))
     runs = {name: found[name] for name in ("sink", "files") if name in found}
     if runs:
         parts.append(summary_table(found, runs))
@@ -113,6 +118,56 @@ def stage_table(name: str, run: Found) -> str:
     return (
         f"dsv4q, {name}, {len(layers)} layers, s:\n\n{table([name, *stages, 'wall'], rows)}\n\nPeak {memory}. {exact}."
     )
+
+
+def counts_of(found: Found) -> list[int]:
+    """Numbers of ranks that were measured."""
+    names = (name.partition(" x")[2] for name in found if name.partition(" ")[0] in ("sink", "files"))
+    return sorted({int(count or 1) for count in names}) or [1]
+
+
+def ranks_table(found: Found) -> str:
+    """By number of ranks: seconds of a steady layer, efficiency against one rank, stages of the slowest rank."""
+    speeds = ["exchange GB/s", "write GB/s", "GPU peak GB", "host peak GB"]
+    head = ["ranks", "mode", "s per layer", "efficiency", *STAGES, *speeds]
+    rows: list[list[object]] = []
+    digests = []
+    for mode in ("sink", "files"):
+        first = None
+        for count in counts_of(found):
+            run = found.get(f"{mode} x{count}" if count > 1 else mode)
+            if run is None:
+                continue
+            seconds = per_layer(run)
+            first = first or (count, seconds)
+            stages = slowest(run)
+            layers = len(layers_of(run))
+            received = (run.get("received_bytes") or 0) / layers / 1e9
+            rows.append([
+                count, mode, seconds, first[0] * first[1] / (count * seconds), *(stages.get(stage) for stage in STAGES),
+                received / stages["exchange"] if received and stages.get("exchange") else None,
+                run["layer"]["bytes_out"] / 1e9 / seconds if mode == "files" else None,
+                *(max((rank["peak_memory"].get(kind, 0) for rank in run["ranks"]), default=0) / 1e9 or None
+                  for kind in ("gpu", "host")),
+            ])  # fmt: skip
+            if mode == "files":
+                digests.append(run["digests"])
+    text = table(head, rows)
+    text += "\n\nStages: the slowest rank's, without the first layer; exchange includes waiting for the others."
+    if len(digests) > 1:
+        same = all(one == digests[0] for one in digests)
+        text += f" {len(digests[0])} blocks, the bytes are {'the same for all' if same else 'NOT THE SAME'}."
+    ceilings = {k: v for name, c in found.items() if name.startswith("ceilings of ranks") for k, v in c.items()}
+    return text + ("\n\n" + table(["ceiling", "GB/s"], ceilings.items()) if ceilings else "")
+
+
+def slowest(run: Found) -> dict[str, float]:
+    """Seconds of each stage of a steady layer, on the rank that takes longest for it."""
+    layers = [block["ranks"] for block in run["blocks"] if block["block"].startswith("layers.")]
+    return {
+        stage: max(steady([ranks[rank].get(stage, 0.0) for ranks in layers]) for rank in range(len(layers[0])))
+        for stage in STAGES
+    }
 
 
 def _peaks(run: Found) -> list[float | None]:

@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 
+from dsv4q.made_up.toy import ToyConfig
+from runs import CONFIGS
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = ("--samples", "2", "--length", "32", "--micro-batch", "1", "--device", "cpu")
 
 
-def run_script(name: str, *arguments: object) -> str:
-    """What a script prints; an error shows its own message."""
-    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+def run_script(name: str, *arguments: object, ranks: int = 1) -> str:
+    """What a script prints, of several ranks under torchrun; an error shows its own message."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(SCRIPTS / name), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -65,6 +69,36 @@ def test_stock_is_timed_in_each_of_its_passes(layer_run: tuple[str, dict[str, An
     assert len(stock["layers"]) == 1
     assert all(stock["layers"][0][part] > 0 for part in ("calibrate", "propagate", "compress"))
     assert stock["save"] > 0
+
+
+def test_bench_layer_measures_each_number_of_ranks_and_compares_their_bytes(layer_run: object, work: Path) -> None:
+    flags = ("--width", "toy", "--layers", 2, "--gigabytes", 0.1, "--no-stock", "--source", work / "w" / "source")
+    text = run_script("bench_layer.py", work / "ranks", *SMALL, *flags, "--ranks", "1,2")
+    lines = {found["measurement"]: found for line in text.splitlines() if line.startswith("{")
+             for found in [json.loads(line)]}  # fmt: skip
+    assert lines.keys() == {
+        "ceilings",
+        "ceilings of ranks",
+        "ceilings of ranks x2",
+        "sink",
+        "sink x2",
+        "files",
+        "files x2",
+    }
+    assert all(len(block["ranks"]) == 2 for name in ("sink x2", "files x2") for block in lines[name]["blocks"])
+    assert lines["sink x2"]["received_bytes"] == 2 * 8 * 3 * 128 * 256 * 2 / 2  # half of all experts of two layers
+    assert lines["ceilings of ranks x2"]["exchange, 2 processes"] > 0
+    assert "4 blocks, the bytes are the same for all." in text
+
+
+def test_several_ranks_write_with_the_runs_own_writer(work: Path) -> None:
+    (work / "model").mkdir()
+    (work / "model" / "config.json").write_text(json.dumps(ToyConfig().as_config_json()))
+    flags = ("--source", work / "model", "--config", CONFIGS / "toy.yaml", "--layers", 2)
+    found = [json.loads(run_script("bench_writes.py", work / "written", *flags, ranks=ranks)) for ranks in (1, 2)]
+    assert [one["ranks"] for one in found] == [1, 2]
+    assert found[0]["gigabytes"] == found[1]["gigabytes"] > 0 and len(found[1]["seconds"]) == 2
+    assert not (work / "written").exists()
 
 
 def test_a_source_of_fewer_layers_is_made_of_the_same_files(layer_run: object, work: Path) -> None:

@@ -235,7 +235,9 @@ class BlockLoop:
             if not self.ranks.is_leader:
                 return
             line = BlockRecord.merged([part for part, _, _ in parts])
-            line["seconds"] = {name: round(value, 4) for name, value in spent.items()}
+            for rank, (_, _, of_rank) in zip(line["ranks"], parts, strict=True):
+                rank["seconds"] = {name: round(value, 4) for name, value in of_rank.items()}
+            line["seconds"] = line["ranks"][0]["seconds"]
             line["memory"] = memory_now(self.device)
             line["digest"] = block_digest({name: d for _, part, _ in parts for name, d in part.items()})
             self.journal.finish_block(block, line)
