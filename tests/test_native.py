@@ -31,6 +31,7 @@ from dsv4q.checkpoint.pipes import Stopped
 from dsv4q.checkpoint.source import INDEX, Checkpoint, scan
 from dsv4q.config import load_config
 from dsv4q.errors import SourceError, WeightError
+from dsv4q.formats import native
 from dsv4q.formats.native import decode_into, doubtful, fp8_to_bf16, mxfp4_to_bf16
 from dsv4q.layout import DTYPE_BYTES, Dims, Role, TensorSpec, source_tensors
 from dsv4q.made_up.native import codes_and_scales, grid_form, native_form, stored_specs
@@ -144,6 +145,32 @@ def test_fp8_of_any_shape_is_value_times_scale(rows: int, columns: int, seed: in
     given_scale = torch.from_numpy(np.exp2(scale.astype(np.float32) - 127) if wide else scale)
     found = fp8_to_bf16(torch.from_numpy(weight.astype(np.uint8)).view(torch.float8_e4m3fn), given_scale)
     assert same_bits(found, e4m3(weight) * 2.0 ** (each - 127))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lead=st.sampled_from([(), (1,), (3,), (2, 2)]),
+    rows=st.integers(1, 300),
+    columns=st.sampled_from([2, 32, 34, 126, 128, 130, 258]),
+    seed=st.integers(0, 2**32 - 1),
+    form=st.sampled_from(["mxfp4", "fp8"]),
+)
+def test_a_weight_decoded_in_tiles_is_the_one_decoded_whole(
+    lead: tuple[int, ...], rows: int, columns: int, seed: int, form: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    decode, width, scales = (
+        (mxfp4_to_bf16, columns // 2, (rows, -(-columns // 32)))
+        if form == "mxfp4"
+        else (fp8_to_bf16, columns, (-(-rows // 128), -(-columns // 128)))
+    )
+    weight = codes(rng.integers(0, 127, (*lead, rows, width)))
+    weight = weight if form == "mxfp4" else weight.view(torch.float8_e4m3fn)
+    scale = codes(rng.integers(100, 150, (*lead, *scales)))
+    whole = decode(weight, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_TOGETHER", {"cpu": 1000})
+        assert torch.equal(decode(weight, scale).view(torch.int16), whole.view(torch.int16))
 
 
 @pytest.mark.parametrize("form", ["mxfp4", "fp8"])

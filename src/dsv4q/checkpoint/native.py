@@ -116,9 +116,10 @@ class NativeCheckpoint(Checkpoint):
             return self.on_disk.tensor(name)
         return self.decoded(name, [self.on_disk.tensor(entry.name) for entry in entries_of(self, name)])
 
-    def stored(self, name: str, *, pinned: bool = False) -> tuple[torch.Tensor, ...]:
-        """See `Checkpoint.stored`: of a quantized tensor weight and scale."""
-        return tuple(self.on_disk.stored(entry.name, pinned=pinned)[0] for entry in entries_of(self, name))
+    def stored_together(self, names: Sequence[str], *, pinned: bool = False) -> tuple[torch.Tensor, ...]:
+        """See `Checkpoint.stored_together`: of quantized tensors weights and scales."""
+        parts = zip(*(entries_of(self, name) for name in names), strict=True)
+        return tuple(self.on_disk.stored_together([e.name for e in part], pinned=pinned)[0] for part in parts)
 
     def decoded(self, name: str, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `Checkpoint.decoded`; the same bits on any device.

@@ -31,7 +31,7 @@ from dsv4q.checkpoint.folder import (
     usable_files,
 )
 from dsv4q.checkpoint.headers import MAX_HEADER, Findings, TensorEntry, read_shard, shown
-from dsv4q.errors import SourceError, first_problem
+from dsv4q.errors import SourceError, WeightError, first_problem
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import DTYPE_BYTES
 
@@ -149,7 +149,15 @@ class Checkpoint:
         Raises:
             SourceError: as `tensor`.
         """
-        return (self._filled(self._entry(name), pinned),)
+        return tuple(part[0] for part in self.stored_together([name], pinned=pinned))
+
+    def stored_together(self, names: Sequence[str], *, pinned: bool = False) -> tuple[torch.Tensor, ...]:
+        """`stored` of T tensors that are stored alike, each part of them in one piece [T, ...].
+
+        Raises:
+            SourceError: as `tensor`.
+        """
+        return (self._filled([self._entry(name) for name in names], pinned),)
 
     def decoded(self, name: str, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor that `stored` stands for, on the device where that lies; of T tensors stored alike [T, ...].
@@ -160,21 +168,37 @@ class Checkpoint:
         (tensor,) = stored
         return tensor
 
-    def _filled(self, entry: TensorEntry, pinned: bool) -> torch.Tensor:
+    def decoded_together(self, names: Sequence[str], stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`decoded` of what `stored_together` gives; an error is that of the tensor that has it.
+
+        Raises:
+            WeightError: as `decoded`.
+        """
+        try:
+            return self.decoded(names[0], stored)
+        except WeightError:
+            for name, *parts in zip(names, *stored, strict=True):
+                self.decoded(name, parts)
+            raise
+
+    def _filled(self, entries: Sequence[TensorEntry], pinned: bool) -> torch.Tensor:
+        """Tensors of one dtype and shape, [T, ...]."""
         import torch
 
-        dtype = torch_dtypes().get(entry.dtype)
-        if dtype is None or math.prod(entry.shape) * DTYPE_BYTES[entry.dtype] != entry.nbytes:
-            raise SourceError(
-                "A tensor cannot be made of these bytes",
-                where=f"{self.root / entry.file}: {shown(entry.name)}",
-                found=f"{entry.nbytes:,} bytes as {shown(entry.dtype)} {list(entry.shape)}",
-                hint=AGAIN,
-            )
-        tensor = torch.empty(entry.shape, dtype=dtype, pin_memory=pinned)
-        if entry.nbytes:
-            self.read_into(entry.name, tensor.view(-1).view(torch.uint8).numpy().data)
-        return tensor
+        dtype, shape = torch_dtypes().get(entries[0].dtype), entries[0].shape
+        for entry in entries:
+            assert (entry.dtype, entry.shape) == (entries[0].dtype, shape), f"{entry.name} is stored otherwise"
+            if dtype is None or math.prod(shape) * DTYPE_BYTES[entry.dtype] != entry.nbytes:
+                raise SourceError(
+                    "A tensor cannot be made of these bytes",
+                    where=f"{self.root / entry.file}: {shown(entry.name)}",
+                    found=f"{entry.nbytes:,} bytes as {shown(entry.dtype)} {list(shape)}",
+                    hint=AGAIN,
+                )
+        tensors = torch.empty((len(entries), *shape), dtype=dtype, pin_memory=pinned)
+        for entry, bytes_ in zip(entries, tensors.view(len(entries), -1).view(torch.uint8), strict=True):
+            self.read_into(entry.name, bytes_.numpy().data)
+        return tensors
 
     def tensor_on(self, name: str, device: torch.device) -> torch.Tensor:
         """One tensor on a device; what is packed travels as it is, and is decoded there.
@@ -214,7 +238,7 @@ class Checkpoint:
         Raises:
             SourceError: as `read`; a dtype that torch lacks; a size that is not that of dtype and shape.
         """
-        return self._filled(self._entry(name), pinned=False)
+        return self._filled([self._entry(name)], pinned=False)[0]
 
     def fingerprint(self) -> dict[str, Any]:
         """The source's identity as JSON: digests of config.json, of every shard's header and of samples of its data.

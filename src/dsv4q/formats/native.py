@@ -14,6 +14,8 @@ prove that for a whole tensor at once; only a tensor with a scale near the ends 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ _SAFE_MXFP4 = (0, 125 + E8M0_BIAS)
 _SAFE_FP8 = (-124 + E8M0_BIAS, 119 + E8M0_BIAS)
 """The same for E4M3, whose values are multiples of 2^-9 up to 1.75 * 2^8; BF16's are multiples of 2^-133."""
 _TOGETHER = {"cpu": TILE, "cuda": 1 << 27}
-"""Elements that are decoded at once: bounds the temporaries to some MB, some hundred MB on a GPU."""
+"""Elements that are decoded at once: their temporaries fit a CPU's cache, and are some hundred MB on a GPU."""
 _AGAIN = "get this shard again; what is finished so far is kept, and the same command resumes"
 
 
@@ -53,9 +55,8 @@ def mxfp4_to_bf16(packed: Tensor, scale: Tensor, where: str = "") -> Tensor:
     """
     columns = packed.shape[-1] * 2
     _check(scale, (*packed.shape[:-1], -(-columns // MXFP4_GROUP)))
-    codes = _e8m0_codes(scale)
-    _refuse_nan_scale(codes, where)
-    return _product(*_mxfp4_factors(packed, codes), codes, _SAFE_MXFP4, where)
+    _refuse_nan_scale(_e8m0_codes(scale), where)
+    return _decoded(packed, scale, columns, where)
 
 
 def _mxfp4_factors(packed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,18 +93,26 @@ def fp8_to_bf16(weight: Tensor, scale: Tensor, where: str = "") -> Tensor:
     if scale.dtype == torch.float32:
         what = "A scale is not a power of two, so BF16 cannot hold the weights exactly"
         _refuse_if(_is_no_power_of_two(scale), what, "powers of two", where)
-        codes = _f32_codes(scale)
     else:
-        codes = _e8m0_codes(scale)
-        _refuse_nan_scale(codes, where)
-    return _product(*_fp8_factors(weight, codes), codes, _SAFE_FP8, where)
+        _refuse_nan_scale(_e8m0_codes(scale), where)
+    return _decoded(weight, scale, columns, where)
 
 
 def _fp8_factors(weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 values and powers of two, both BF16 [..., M, N]."""
     rows, columns = weight.shape[-2:]
     wide = _spread(codes, FP8_BLOCK, columns)
-    return weight.to(torch.bfloat16), wide.repeat_interleave(FP8_BLOCK, dim=-2)[..., :rows, :]
+    if weight.is_cuda:
+        values = weight.to(torch.bfloat16)
+    else:  # PyTorch converts E4M3 on a CPU one element at a time
+        values = _e4m3_table().index_select(0, weight.view(torch.uint8).flatten().to(torch.int32)).view(weight.shape)
+    return values, wide.repeat_interleave(FP8_BLOCK, dim=-2)[..., :rows, :]
+
+
+@cache
+def _e4m3_table() -> Tensor:
+    """BF16 [256]: the value of every code."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
 
 
 @torch.no_grad()
@@ -118,10 +127,17 @@ def decode_into(weight: Tensor, scale: Tensor, out: Tensor) -> None:
     is_fp8 = weight.dtype == torch.float8_e4m3fn
     if not is_fp8 and mxfp4_decode(weight, scale, out):
         return
-    factors = _fp8_factors if is_fp8 else _mxfp4_factors
-    step = max(1, _TOGETHER[out.device.type] // out[0].numel())
-    for some in (slice(start, start + step) for start in range(0, len(out), step)):
-        torch.mul(*factors(weight[some], _codes(scale[some])), out=out[some])
+    factors, height = (_fp8_factors, FP8_BLOCK) if is_fp8 else (_mxfp4_factors, 1)
+    codes, together = _codes(scale), _TOGETHER[out.device.type]
+    step = max(1, together // max(1, out[0].numel()))
+    if out[0].numel() <= together:
+        for parts in zip(weight.split(step), codes.split(step), out.split(step), strict=True):
+            torch.mul(*factors(*parts[:2]), out=parts[2])
+        return
+    rows = max(1, together // (out.shape[-1] * height))
+    for one, under, there in zip(weight, codes, out, strict=True):
+        for parts in zip(one.split(rows * height), under.split(rows), there.split(rows * height), strict=True):
+            torch.mul(*factors(*parts[:2]), out=parts[2])
 
 
 @torch.no_grad()
@@ -181,12 +197,19 @@ def _spread(codes: Tensor, group: int, columns: int) -> Tensor:
     return bits.view(torch.bfloat16).repeat_interleave(group, dim=-1)[..., :columns]
 
 
-def _product(values: Tensor, factors: Tensor, codes: Tensor, safe: tuple[int, int], where: str) -> Tensor:
+def _decoded(weight: Tensor, scale: Tensor, columns: int, where: str) -> Tensor:
+    """BF16 [..., M, N]; the scales are numbers."""
+    is_fp8 = weight.dtype == torch.float8_e4m3fn
+    codes, (low, high) = _codes(scale), _SAFE_FP8 if is_fp8 else _SAFE_MXFP4
+    if not codes.numel() or (int(codes.min()) >= low and int(codes.max()) <= high):
+        result = torch.empty(*weight.shape[:-1], columns, dtype=torch.bfloat16, device=weight.device)
+        decode_into(*(whole.reshape(-1, *whole.shape[-2:]) for whole in (weight, scale, result)))
+        return result
+    values, factors = (_fp8_factors if is_fp8 else _mxfp4_factors)(weight, codes)
     result = values * factors
-    if codes.numel() and (int(codes.min()) < safe[0] or int(codes.max()) > safe[1]):
-        true = values.to(torch.float32) * factors.to(torch.float32)
-        lost = ~true.isfinite() | (result.to(torch.float32) != true)
-        _refuse_if(lost, "A dequantized value is not a BF16 number", "values that BF16 holds exactly", where)
+    true = values.to(torch.float32) * factors.to(torch.float32)
+    lost = ~true.isfinite() | (result.to(torch.float32) != true)
+    _refuse_if(lost, "A dequantized value is not a BF16 number", "values that BF16 holds exactly", where)
     return result
 
 
