@@ -36,7 +36,7 @@ OPTIONS = {
         "--config/-c", "--source", "--layers", "--native", "--keep", "--judge/--no-judge", "--device", "--json",
         "--quiet/-q",
     ],
-    "dequantize": ["--shards", "--resume/--no-resume", "--json", "--quiet/-q"],
+    "dequantize": ["--shards", "--device", "--resume/--no-resume", "--json", "--quiet/-q"],
     "verify-shards": ["--source", "--deep", "--device", "--json", "--quiet/-q"],
     "report": ["--out/-o", "--verify", "--verification", "--json", "--quiet/-q"],
     "eval": [

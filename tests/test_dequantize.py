@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from artifact_maker import edit
+from dsv4q.checkpoint import values
 from dsv4q.checkpoint.files import INDEX
 from dsv4q.checkpoint.journal import Journal
+from dsv4q.checkpoint.native import open_source
+from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.console import Console, Mode
 from dsv4q.dequantize import Dequantization, dequantize
-from dsv4q.errors import ConfigError, Dsv4qError, OutputError, ResumeError, SourceError, WeightError
+from dsv4q.errors import ConfigError, DeviceError, Dsv4qError, OutputError, ResumeError, SourceError, WeightError
 from dsv4q.layout import source_tensors
-from dsv4q.made_up.native import grid_form, native_form
+from dsv4q.made_up.native import grid_form, native_form, stored_specs
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.verify.judge import VerifyResult, verify
 from killing import changes_of, killed
@@ -55,8 +58,8 @@ def whole(native: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return digests(out)
 
 
-def run(job: Dequantization) -> dict[str, Any]:
-    return dequantize(job, Console(Mode.QUIET))
+def run(job: Dequantization, device: str = "cpu") -> dict[str, Any]:
+    return dequantize(replace(job, device=device), Console(Mode.QUIET))
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -119,6 +122,24 @@ def test_a_number_of_shards_can_be_asked_for(native: Path, tmp_path: Path, shard
     report = run(Dequantization(native, tmp_path / "out", shards=shards))
     assert report["shards"] == [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
     assert judged(tmp_path / "out", native).ok
+
+
+def test_tensors_stored_alike_are_decoded_together_as_they_are_alone(
+    native: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_source(native) as source:
+        names = [spec.name for spec in source_tensors(TINY.dims) if spec.block == "layers.0"]
+        together = values.batches(source, names, torch.device("cpu"))
+        assert max(len(batch.names) for batch in together) > 1
+    monkeypatch.setattr(values, "TOGETHER", {"cpu": 1})
+    run(Dequantization(native, tmp_path / "out"))
+    assert digests(tmp_path / "out") == whole
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_gives_the_same_bytes(native: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    run(Dequantization(native, tmp_path / "out"), device="cuda")
+    assert digests(tmp_path / "out") == whole
 
 
 def split_off_scales(native: Path, to: Path) -> Path:
@@ -205,14 +226,12 @@ def test_a_finished_block_is_not_read_again(
     job = begun(native, changes, tmp_path / "out")
     done = {record["block"] for record in journal_of(job.out)[1:]}
     assert "layers.0" in done
-    from dsv4q.checkpoint.native import NativeCheckpoint
-
     read: list[str] = []
-    real = NativeCheckpoint.read
-    monkeypatch.setattr(NativeCheckpoint, "read", lambda self, name: (read.append(name), real(self, name))[1])
+    real = Checkpoint.read_part
+    monkeypatch.setattr(Checkpoint, "read_part", lambda self, name, *to: (read.append(name), real(self, name, *to))[1])
     run(job)
-    blocks = {spec.name: spec.block for spec in source_tensors(TINY.dims)}
-    assert {blocks[name] for name in read}.isdisjoint(done)
+    blocks = {part.name: spec.block for spec in source_tensors(TINY.dims) for part in stored_specs(spec)}
+    assert {blocks[name] for name in read} == set(blocks.values()) - done
 
 
 def test_no_resume_starts_over_and_gives_the_same_bytes(
@@ -315,6 +334,12 @@ def test_more_shards_than_pieces_are_refused(native: Path, tmp_path: Path) -> No
 def test_an_output_inside_the_source_is_refused(native: Path) -> None:
     assert isinstance(refusal(Dequantization(native, native / "out")), OutputError)
     assert not (native / "out").exists()
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(native: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="cuda:99"):
+        run(Dequantization(native, tmp_path / "out"), device="cuda:99")
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_little_disk_is_refused(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,7 @@ def dequantize(
     shards: Annotated[
         int | None, typer.Option(min=1, max=99_999, help="Balanced shards; the files of NATIVE if left out.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where weights are decoded: auto, cpu, cuda or cuda:N.")] = "auto",
     resume: Resume = True,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -263,7 +264,8 @@ def dequantize(
     from dsv4q import dequantize as story
 
     console = console_of(as_json, quiet)
-    report = story.dequantize(story.Dequantization(source=native, out=out, shards=shards, resume=resume), console)
+    job = story.Dequantization(source=native, out=out, shards=shards, resume=resume, device=device)
+    report = story.dequantize(job, console)
     console.data(report)
     console.print(
         f"{out}: {report['tensors']:,} tensors, {human_bytes(report['bytes'])}, in {len(report['shards'])} shards. "

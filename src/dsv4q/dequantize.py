@@ -1,7 +1,7 @@
 """A native release as the BF16 checkpoint that it stands for: source -> plan -> check -> blocks -> finish -> verify.
 
-Tensors are read and dequantized ahead and written behind, block by block with a line in the journal, as in `quantize`.
-Memory: the tensors under way (`pipes.BUDGET`, `writer.WRITE_BEHIND`), or the largest one.
+Tensors are read and decoded ahead (`checkpoint/values.py`) and written behind, block by block with a line in the
+journal, as in `quantize`. Memory: the tensors under way (`pipes.BUDGET`, `writer.WRITE_BEHIND`), or the largest one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dsv4q import __version__
 from dsv4q.checkpoint.against_layout import compare_with_layout
@@ -20,13 +22,14 @@ from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import NativeCheckpoint, forms_of, scan_source
 from dsv4q.checkpoint.output import already_there, check_output, disk_problem, place_problem
-from dsv4q.checkpoint.pipes import loaded_ahead
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, balanced_shards, shard_name
 from dsv4q.checkpoint.source import Checkpoint, require_weights
+from dsv4q.checkpoint.values import batches, values_ahead
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
-from dsv4q.errors import Dsv4qError, SourceError, first_problem
-from dsv4q.host import free_bytes, stoppable
+from dsv4q.errors import DeviceError, Dsv4qError, SourceError, first_problem
+from dsv4q.formats.dtypes import tensor_bytes
+from dsv4q.host import free_bytes, stoppable, usable_device
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.plan.small_files import write_plain_files
 from dsv4q.verify.judge import require_verified
@@ -41,6 +44,7 @@ class Dequantization:
     shards: int | None = None
     """None: the files of the source."""
     resume: bool = True
+    device: str = "auto"
 
 
 def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
@@ -50,6 +54,7 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
         Dsv4qError: a named reason; finished blocks are kept and the same command goes on from there.
     """
     begin = time.time()
+    device = usable_device(job.device)
     check_output(job.out, job.source)
     with scan_source(job.source) as source:
         plan = _plan(job, source)
@@ -60,7 +65,7 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
             return report
         journal = Journal.open(job.out, identity, resume=job.resume)
         try:
-            _run_blocks(job, plan, source, journal, console)
+            _run_blocks(job, plan, source, device, journal, console)
             report = {
                 "command": "dequantize",
                 "source": str(job.source),
@@ -81,28 +86,45 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
     return report
 
 
-def _run_blocks(job: Dequantization, plan: ShardPlan, source: Checkpoint, journal: Journal, console: Console) -> None:
+def _run_blocks(
+    job: Dequantization,
+    plan: ShardPlan,
+    source: Checkpoint,
+    device: torch.device,
+    journal: Journal,
+    console: Console,
+) -> None:
     if journal.done:
         console.talk(f"Resuming: {len(journal.done)} of {len(plan.blocks)} blocks are done")
         check_finished_shards(job.out, plan, journal.done)
-    todo = [tensor for block in plan.blocks if block not in journal.done for tensor in plan.block_tensors(block)]
+    names = {block: [t.name for t in plan.block_tensors(block)] for block in plan.blocks if block not in journal.done}
+    todo = {block: batches(source, some, device) for block, some in names.items()}
+    wanted = [batch for some in todo.values() for batch in some]
     writer = ShardWriter(job.out, plan)
     writer.finish_blocks(journal.done)
     try:
         with (
             stoppable() as check_stop,
             BackgroundWriter(writer) as behind,
-            loaded_ahead(todo, lambda tensor: source.read(tensor.name), lambda tensor: tensor.nbytes) as ready,
+            values_ahead(source, wanted, device) as ready,
             console.progress("dequantizing", plan.artifact_bytes) as progress,
         ):
-            progress.skip(plan.artifact_bytes - sum(tensor.nbytes for tensor in todo))
-            for block, members in groupby(ready, key=lambda pair: pair[0].block):
+            progress.skip(plan.artifact_bytes - sum(batch.nbytes for batch in wanted))
+            for block, some in todo.items():
                 progress.describe(block)
-                for tensor, data in members:
+                for batch, values in islice(ready, len(some)):
                     check_stop()
-                    behind.put(tensor.block, [(tensor.name, data)])
-                    progress.advance(tensor.nbytes)
+                    data, size = tensor_bytes(values), batch.nbytes // len(batch.names)
+                    behind.put(block, [(n, data[i * size : (i + 1) * size]) for i, n in enumerate(batch.names)])
+                    progress.advance(batch.nbytes)
                 behind.finish(block, _line(journal, block))
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            "The GPU ran out of memory",
+            where=f"--device {device}",
+            found=str(error).splitlines()[0],
+            hint="free the GPU of other work, or use --device cpu; the same command goes on from here",
+        ) from error
     finally:
         writer.close()
 

@@ -49,6 +49,22 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def single_threaded_operations() -> Iterator[int]:
+    """Context in which every operation of torch on the CPU takes one thread, for work that has threads of its own.
+
+    Gives how many it took before. Threads that begin inside work so too, for as long as they live.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
 def memory_now(device: torch.device) -> dict[str, int]:
     """Bytes: `host`, resident; on a GPU also `gpu`, what torch has allocated on `device`."""
     found = {"host": _resident()}
