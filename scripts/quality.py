@@ -29,7 +29,6 @@ from dsv4q.console import Console, Mode
 from dsv4q.errors import Dsv4qError
 from dsv4q.evaluate import EvaluationRequest, evaluate
 from dsv4q.evaluation.data import DEFAULTS, DataRequest
-from dsv4q.evaluation.emulate import kernel_weight
 from dsv4q.evaluation.side import DRAFT, Side, open_side
 from dsv4q.quantize import Job as QuantizeJob
 from dsv4q.quantize import quantize
@@ -100,10 +99,9 @@ def write_weights(artifact: Path, to: Path) -> None:
 def _decoded(side: Side) -> Iterator[tuple[str, torch.Tensor]]:
     blocks = ["embed", *(f"layers.{i}" for i in range(side.dims.layers)), "head"]
     for block in blocks if side.no_draft else [*blocks, DRAFT]:
-        for piece in side.tensors(block):
-            stored = piece.load()
-            weight = kernel_weight(piece.scheme, stored) if piece.scheme else next(iter(stored.values()))
-            yield piece.spec.name, weight.contiguous()
+        for piece in side.pieces(block):
+            for tensor, weight in zip(piece.tensors, piece.decoded(piece.load()), strict=True):
+                yield tensor.spec.name, weight.clone()
 
 
 # ------------------------------------------------------------------------------------------------ the tables

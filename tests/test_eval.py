@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from artifact_maker import copy, edit_json, read
 from dsv4q.data.tokens import load_tokenizer
 from dsv4q.errors import CalibrationError, DataError, SourceError
-from dsv4q.evaluation import scores
+from dsv4q.evaluation import pieces, scores
 from dsv4q.evaluation import side as streams
 from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.evaluation.drafts import propose
@@ -89,6 +89,21 @@ def test_an_exact_artifact_whose_inputs_are_not_rounded_is_its_source(
     assert sum(result["emulated"].values()) == 145
 
 
+@pytest.mark.parametrize("form", ["bf16", "native"])
+def test_tensors_read_together_and_experts_computed_together_change_no_figure(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    source = grid / "source" if form == "bf16" else write_toy(tmp_path / "native", form=native_form()).out
+    together = run_eval(grid / "out", source)
+    monkeypatch.setattr(Side, "_batch_experts", lambda *_: None)
+    monkeypatch.setattr(pieces, "TOGETHER", {"cpu": 1})
+    alone = run_eval(grid / "out", source)
+    varying = ("seconds", "peak_memory")
+    assert {k: v for k, v in together.items() if k not in varying} == {
+        k: v for k, v in alone.items() if k not in varying
+    }
+
+
 def test_rounded_inputs_are_all_that_an_exact_artifact_loses(grid: Path) -> None:
     result = run_eval(grid / "out", grid / "source")
     errors = [error["relative_error"] for error in result["residual"]]
@@ -157,7 +172,7 @@ def draft_side(source: Path) -> Side:
     """The source with embedding, head and draft in memory."""
     side = open_side("reference", source, torch.device("cpu"))
     for block in ("embed", "head", "mtp.0"):
-        for piece in side.tensors(block):
+        for piece in side.pieces(block):
             side.install(piece, piece.load())
     return side
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from artifact_maker import fp8, int4, read
 from dsv4q.evaluation.emulate import fp8_input, kernel_weight, nvfp4_input, quantizer, shares_input_scale
+from dsv4q.evaluation.experts import RoundedExperts
 from dsv4q.evaluation.side import Side, open_side
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.made_up.toy import ToyConfig, write_toy
@@ -161,7 +162,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_memory(artifact: Path, block: str = "layers.1") -> Side:
     side = open_side("artifact", artifact, torch.device("cpu"))
-    for piece in side.tensors(block):
+    for piece in side.pieces(block):
         side.install(piece, piece.load())
     side.emulate_inputs(block)
     return side
@@ -199,6 +200,25 @@ def test_experts_of_a_layer_run_under_the_widest_input_range_of_them_all(artifac
 
     (w1, w3, w2), (other_w1, other_w3, other_w2) = outputs(artifact), outputs(changed(artifact, tmp_path / "a", wide))
     assert not torch.equal(w1, other_w1) and not torch.equal(w3, other_w3) and torch.equal(w2, other_w2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", ["layers.0", "layers.1", "mtp.0"])
+def test_experts_over_all_tokens_at_once_are_the_separate_linears_bit_for_bit(artifact: Path, block: str) -> None:
+    side = in_memory(artifact, block)
+    experts = side.model.get_submodule({"mtp.0": "mtp.0"}.get(block, f"model.{block}") + ".mlp.experts")
+    generator = torch.Generator().manual_seed(3)
+    x, shares = random(50, 256), torch.rand(50, 2, generator=generator).to(torch.bfloat16)
+    chosen = torch.randint(
+        0, 7, (50, 2), generator=generator
+    )  # expert 7 gets nothing, and some tokens one expert twice
+    assert bool((chosen[:, 0] == chosen[:, 1]).any())
+    at_once = experts.forward
+    assert isinstance(at_once, RoundedExperts)
+    one_by_one = type(experts).forward(experts, x, chosen, shares)
+    assert torch.equal(at_once(x, chosen, shares).view(torch.int16), one_by_one.view(torch.int16))
+    side.release(block)
+    assert "forward" not in vars(experts)
 
 
 def test_released_linears_round_nothing_any_more(artifact: Path) -> None:

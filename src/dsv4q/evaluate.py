@@ -1,8 +1,9 @@
 """The story of an evaluation: open both -> tokenize -> both models in step by block -> heads -> drafts -> result.
 
 For each block: the reference's block is read, all micro-batches go through it, it is let go; then the artifact's; then
-the two residual streams are compared. Memory: one block in use and at most one coming, or two heads, or an embedding, a
-head and an MTP block; and the residual streams of both on the host, tokens * hc_mult * hidden_size * 4 bytes.
+the two residual streams are compared. Memory: one block in use and at most one coming, as it lies on disk, or two
+heads, or an embedding, a head and an MTP block; and the residual streams of both, tokens * hc_mult * hidden_size * 4
+bytes, on a GPU if it has room for them, else on the host.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from dsv4q.errors import DeviceError
 from dsv4q.evaluation import metrics
 from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.evaluation.drafts import Acceptance, difference, judge_draft, step_1, step_2
+from dsv4q.evaluation.pieces import Piece
 from dsv4q.evaluation.scores import ResidualError, Scores, residual_error, score
-from dsv4q.evaluation.side import DRAFT, Side, SideTensor, form_of, open_side, require_alike
+from dsv4q.evaluation.side import DRAFT, Side, form_of, open_side, require_alike
 from dsv4q.host import peak_memory, stoppable, usable_device
 from dsv4q.model.upstream import quiet_libraries
 
@@ -35,6 +37,8 @@ FORMAT = 1
 """Version of the result's structure."""
 SAVED = "eval.json"
 _GPU_BUDGET, _GPU_THREADS = 4 << 30, 8
+_GPU_WORK = 8 << 30
+"""What else a block needs beside its weights: a micro-batch in between, weights that are being decoded."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +108,17 @@ def schedule(sides: tuple[Side, Side]) -> list[tuple[Side, str]]:
 
 
 def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) -> Measurements:
-    blocks = [side.tensors(block) for side, block in schedule(sides)]
+    blocks = [side.pieces(block) for side, block in schedule(sides)]
     order = [piece for pieces in blocks for piece in pieces]
     largest = max(sum(piece.nbytes for piece in pieces) for pieces in blocks)
     on_gpu = sides[0].device.type == "cuda"
+    for side in sides:
+        side.keeps_streams = on_gpu and _have_room(sides, data)
     with (
         stoppable() as check_stop,
         loaded_ahead(
             order,
-            SideTensor.load,
+            Piece.load,
             lambda piece: piece.nbytes,
             budget=min(largest, _GPU_BUDGET if on_gpu else BUDGET),
             threads=_GPU_THREADS if on_gpu else 1,
@@ -123,10 +129,10 @@ def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) 
         def fill(side: Side, block: str) -> None:
             """Bring a block into memory; blocks are asked for in the order of `schedule`."""
             progress.describe(f"{side.name} {block}")
-            for wanted in side.tensors(block):
+            for wanted in side.pieces(block):
                 check_stop()
                 piece, tensors = next(loaded)
-                assert (piece.side, piece.spec.name) == (side, wanted.spec.name), f"{piece.spec.name} comes"
+                assert piece is wanted, f"{piece.tensors[0].spec.name} comes"
                 side.install(piece, tensors)
                 progress.advance(piece.nbytes)
             side.emulate_inputs(block)
@@ -134,6 +140,15 @@ def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) 
         residual = _main_blocks(sides, data, fill, check_stop)
         scores = _heads(sides, data, fill, check_stop)
         return Measurements(residual, scores, _drafts(sides, data, fill, check_stop))
+
+
+def _have_room(sides: tuple[Side, Side], data: CalibrationData) -> bool:
+    """Whether the GPU holds the residual streams of both models beside what a block needs."""
+    dims = sides[0].dims
+    streams = 2 * data.tokens * dims.hc_mult * dims.hidden * 2
+    block = max(sum(t.spec.nbytes for t in side.tensors(block)) for side, block in schedule(sides))
+    free, _ = torch.cuda.mem_get_info(sides[0].device)
+    return streams + block + _GPU_WORK <= free
 
 
 Fill = Callable[[Side, str], None]

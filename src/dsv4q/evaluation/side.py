@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from dsv4q.checkpoint.headers import few
 from dsv4q.checkpoint.native import NativeCheckpoint, open_source
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.errors import CalibrationError, SourceError
-from dsv4q.evaluation.emulate import kernel_weight, quantizer, shares_input_scale
-from dsv4q.formats.dtypes import torch_dtypes
-from dsv4q.layout import Dims, TensorSpec, source_tensors
+from dsv4q.evaluation.emulate import Quantizer, quantizer, shares_input_scale
+from dsv4q.evaluation.experts import RoundedExperts
+from dsv4q.evaluation.pieces import Loaded, Piece, SideTensor, pieces
+from dsv4q.layout import Dims, Role, TensorSpec, source_tensors
 from dsv4q.model.model import (
     DeepseekV4ForCausalLMWithMTP,
     block_inputs,
@@ -31,6 +33,7 @@ from dsv4q.model.model import (
     run_block,
     set_tensor,
 )
+from dsv4q.model.upstream import experts_forward
 from dsv4q.verify.config import judge_config
 from dsv4q.verify.result import Log
 from dsv4q.verify.schemes import Stored, StoredScheme
@@ -38,22 +41,6 @@ from dsv4q.verify.schemes import Stored, StoredScheme
 DRAFT = "mtp.0"
 """The draft that is judged. A server with one MTP layer uses it for every step; so does this for any number."""
 _INPUT_SCALES = ("input_scale", "input_zero_point", "input_global_scale")
-
-
-@dataclass(frozen=True, eq=False)
-class SideTensor:
-    """One tensor of the model, and what it lies on disk as."""
-
-    side: Side
-    spec: TensorSpec
-    scheme: StoredScheme | None
-    names: Mapping[str, str]
-    """Suffix -> tensor in the file; one tensor under `weight` or the like if it is not quantized."""
-    nbytes: int
-
-    def load(self) -> dict[str, Tensor]:
-        """The stored tensors by suffix, on the host; for a GPU in page-locked memory. Runs on any thread."""
-        return {suffix: self.side.read(name) for suffix, name in self.names.items()}
 
 
 @dataclass(eq=False)
@@ -70,14 +57,18 @@ class Side:
     model: DeepseekV4ForCausalLMWithMTP
     no_draft: str | None
     """Why there is no MTP draft; None if there is one."""
+    keeps_streams: bool = False
+    """Residual streams wait for the next block on the device, not on the host."""
     streams: list[Tensor] = field(default_factory=list)
-    """Per micro-batch, BF16 [B, S, C, D] on the host: after the last block that was run."""
+    """Per micro-batch, BF16 [B, S, C, D]: after the last block that was run."""
     greedy: list[Tensor] = field(default_factory=list)
     """Per micro-batch, I64 [B, S] on the host: the main model's own choice after each token."""
     _tensors: dict[str, list[SideTensor]] = field(default_factory=dict)
+    _pieces: dict[str, list[Piece]] = field(default_factory=dict)
     _scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Input scales of the linears of the block in memory, by upstream module name."""
-    _hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    """Input scales of the linears of the block in memory, by upstream module name; on the host."""
+    _emulation: ExitStack = field(default_factory=ExitStack)
+    """Takes back what `emulate_inputs` did."""
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -91,28 +82,22 @@ class Side:
     def _side_tensor(self, spec: TensorSpec) -> SideTensor:
         scheme = self.schemes.get(spec.module) if spec.is_quantizable else None
         if scheme is None:
-            names = {spec.name.rpartition(".")[2]: spec.name}
-        else:
-            names = {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
-        nbytes = sum(entry.nbytes for name in names.values() if (entry := self.checkpoint.tensors.get(name)))
-        return SideTensor(self, spec, scheme, names, nbytes)
+            return SideTensor(spec, None, {spec.name.rpartition(".")[2]: spec.name})
+        return SideTensor(spec, scheme, {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)})
 
-    def read(self, name: str) -> Tensor:
-        """One tensor as it is stored (as BF16 if natively quantized), on the host."""
-        entry = self.checkpoint.tensors[name]
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        self.checkpoint.read_into(name, raw.numpy().data)
-        return raw.view(torch_dtypes()[entry.dtype]).reshape(entry.shape)
+    def pieces(self, block: str) -> list[Piece]:
+        """The same as it is read; every tensor is there."""
+        if block not in self._pieces:
+            self._pieces[block] = pieces(self.checkpoint, self.tensors(block), self.device)
+        return self._pieces[block]
 
-    def install(self, piece: SideTensor, loaded: Mapping[str, Tensor]) -> None:
-        """Put one tensor into the model, decoded as the kernels see it."""
-        there = {suffix: tensor.to(self.device, non_blocking=True) for suffix, tensor in loaded.items()}
-        if piece.scheme is None:
-            (weight,) = there.values()
-        else:
-            weight = kernel_weight(piece.scheme, there)
-            self._scales[piece.spec.module] = {s: there[s] for s in _INPUT_SCALES if s in there}
-        set_tensor(self.model, piece.spec.hf_name, weight)
+    def install(self, piece: Piece, loaded: Loaded) -> None:
+        """Put tensors into the model, decoded as the kernels see them."""
+        for number, (tensor, weight) in enumerate(zip(piece.tensors, piece.decoded(loaded), strict=True)):
+            set_tensor(self.model, tensor.spec.hf_name, weight)
+            if tensor.scheme is not None:
+                scales = {suffix: loaded[suffix][0][number] for suffix in _INPUT_SCALES if suffix in loaded}
+                self._scales[tensor.spec.module] = scales
 
     def emulate_inputs(self, block: str) -> None:
         """From here to `release`, round the inputs of the block's quantized linears as the kernels do.
@@ -127,20 +112,45 @@ class Side:
             if scale is not None:
                 _check_scale(f"{piece.spec.module}.input_global_scale", scale)
                 shared[shares_input_scale(piece.spec)].append(scale.reshape(1))
-        divisors = {group: torch.cat(scales).amin().reshape(1) for group, scales in shared.items()}
+        divisors = {group: torch.cat(scales).amin().reshape(1).to(self.device) for group, scales in shared.items()}
         for piece in linears:
             assert piece.scheme is not None
             scales = self._scales[piece.spec.module]
+            if piece.scheme.input_arguments is not None:
+                scales = {suffix: scale.to(self.device) for suffix, scale in scales.items()}
             rounding = quantizer(piece.scheme, scales, divisors.get(shares_input_scale(piece.spec)))
             if rounding is not None:
                 module = self.model.get_submodule(piece.spec.hf_name.removesuffix(".weight"))
-                self._hooks.append(module.register_forward_pre_hook(_rounded(rounding)))
+                self._emulation.callback(module.register_forward_pre_hook(_rounded(rounding)).remove)
+        self._batch_experts(block, divisors)
+
+    def _batch_experts(self, block: str, divisors: Mapping[str, Tensor]) -> None:
+        """Let the routed experts of a block compute all at once, where their kernel is written down here."""
+        routed = [tensor for tensor in self.tensors(block) if tensor.spec.role == Role.ROUTED_EXPERT]
+        schemes = {id(tensor.scheme): tensor.scheme for tensor in routed}
+        if len(schemes) != 1:
+            return
+        (scheme,) = schemes.values()
+        if scheme is not None and scheme.input_arguments is not None:
+            return
+        weights: dict[str, list[Tensor]] = defaultdict(list)
+        roundings: dict[str, Quantizer | None] = {}
+        for tensor in sorted(routed, key=lambda tensor: tensor.spec.expert or 0):
+            projection = tensor.spec.module.rpartition(".")[2]
+            weights[projection].append(self.model.get_parameter(tensor.spec.hf_name))
+            if projection not in roundings:
+                divisor = divisors.get(shares_input_scale(tensor.spec))
+                roundings[projection] = None if scheme is None else quantizer(scheme, {}, divisor)
+        forward = RoundedExperts(
+            **weights, limit=float(self.model.config.swiglu_limit),
+            round_input=roundings["w1"], round_hidden=roundings["w2"],
+        )  # fmt: skip
+        (layer,) = self._modules(block)
+        self._emulation.enter_context(experts_forward(layer.get_submodule("mlp.experts"), forward))
 
     def release(self, *blocks: str) -> None:
         """Give back the memory of blocks."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._emulation.close()
         self._scales.clear()
         for block in blocks:
             for module in self._modules(block):
@@ -168,13 +178,21 @@ class Side:
             ids = ids.to(self.device)
             if block == "embed":
                 out = embed(self.model, ids)
-                self.streams.append(out.cpu())
+                self.streams.append(self._waiting(out))
             else:
                 inputs = block_inputs(self.model, ids)
                 streams = self.streams[number].to(self.device)
                 out = run_block(self.model, int(block.removeprefix("layers.")), streams, ids, inputs)
-                self.streams[number] = out.cpu()
+                self.streams[number] = self._waiting(out, self.streams[number])
             self.require_finite(block, number, out)
+
+    def _waiting(self, streams: Tensor, there: Tensor | None = None) -> Tensor:
+        """Streams of a micro-batch where they wait; `there` is the memory of those before, which are not needed."""
+        if self.keeps_streams or self.device.type == "cpu":
+            return streams
+        if there is None:
+            there = torch.empty(streams.shape, dtype=streams.dtype, pin_memory=True)
+        return there.copy_(streams)
 
     def hidden(self, number: int) -> Tensor:
         """BF16 [B, S, D]: what the head multiplies, of micro-batch `number`; `head` is in memory."""
@@ -275,7 +293,7 @@ def _require_tensors(side: Side, log: Log) -> None:
     blocks = ["embed", *(f"layers.{i}" for i in range(side.dims.layers)), "head"]
     wrong: list[str] = []
     for block in blocks if side.no_draft else [*blocks, DRAFT]:
-        wrong += [fault for piece in side.tensors(block) for fault in _faults(piece)]
+        wrong += [fault for tensor in side.tensors(block) for fault in _faults(side.checkpoint, tensor)]
     if not wrong:
         return
     about = f"; {log.differences[0].text()}" if log.differences else ""
@@ -288,13 +306,13 @@ def _require_tensors(side: Side, log: Log) -> None:
     )
 
 
-def _faults(piece: SideTensor) -> Iterator[str]:
-    spec = piece.spec
+def _faults(checkpoint: Checkpoint, tensor: SideTensor) -> Iterator[str]:
+    spec = tensor.spec
     wanted: Stored = {spec.name: ((spec.dtype,), spec.shape)}
-    if piece.scheme is not None:
-        wanted = {f"{spec.module}.{suffix}": how for suffix, how in piece.scheme.stored(spec.shape).items()}
+    if tensor.scheme is not None:
+        wanted = {f"{spec.module}.{suffix}": how for suffix, how in tensor.scheme.stored(spec.shape).items()}
     for name, (dtypes, shape) in wanted.items():
-        entry = piece.side.checkpoint.tensors.get(name)
+        entry = checkpoint.tensors.get(name)
         if entry is None:
             yield f"{name} is missing"
         elif entry.dtype not in dtypes or entry.shape != shape:
