@@ -264,8 +264,7 @@ def dequantize(
     from dsv4q import dequantize as story
 
     console = console_of(as_json, quiet)
-    job = story.Dequantization(source=native, out=out, shards=shards, resume=resume, device=device)
-    report = story.dequantize(job, console)
+    report = story.dequantize(story.Dequantization(native, out, shards, resume, device), console)
     console.data(report)
     console.print(
         f"{out}: {report['tensors']:,} tensors, {human_bytes(report['bytes'])}, in {len(report['shards'])} shards. "
@@ -338,9 +337,7 @@ def report(
 
 @app.command("eval")
 def eval_(
-    artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="Checkpoint to judge: quantized, BF16 or native.")
-    ],
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Checkpoint to judge, in any form.")],
     reference: Annotated[Path, typer.Option(help="Checkpoint that it was made from; its tokenizer is used.")],
     data: Annotated[
         Path | None,
