@@ -28,13 +28,14 @@ TOY = str(CONFIGS / "toy.yaml")
 
 OPTIONS = {
     "toy": ["--config/-c", "--seed", "--grid", "--native", "--json", "--quiet/-q"],
-    "plan": ["--config/-c", "--ranks", "--skeleton", "--json", "--quiet/-q"],
+    "plan": ["--config/-c", "--ranks", "--gpu-memory", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [
-        "--config/-c", "--data", "--device", "--resume/--no-resume", "--dry-run", "--json", "--quiet/-q",
+        "--config/-c", "--data", "--device", "--gpu-memory", "--resume/--no-resume", "--dry-run", "--json",
+        "--quiet/-q",
     ],
     "rehearse": [
-        "--config/-c", "--source", "--layers", "--native", "--keep", "--judge/--no-judge", "--device", "--json",
-        "--quiet/-q",
+        "--config/-c", "--source", "--layers", "--native", "--keep", "--judge/--no-judge", "--device", "--gpu-memory",
+        "--json", "--quiet/-q",
     ],
     "dequantize": ["--shards", "--device", "--resume/--no-resume", "--json", "--quiet/-q"],
     "verify-shards": ["--source", "--deep", "--device", "--json", "--quiet/-q"],
