@@ -187,8 +187,9 @@ class Console:
         if self.mode == Mode.HUMAN:
             _write(sys.stderr, _shown(text))
 
-    def warn(self, text: str) -> None:
+    def warn(self, what: str | Dsv4qError) -> None:
         """Say what deserves attention but stops nothing."""
+        text = what if isinstance(what, str) else what.text()
         if self.mode != Mode.QUIET:
             _write(sys.stderr, _paint(sys.stderr, "warning:", "33") + f" {_shown(text)}")
 

@@ -53,6 +53,8 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
     check_output(job.out, job.source)
     with scan_source(job.source) as source:
         plan = _plan(job, source)
+        for warning in source.warnings:
+            console.warn(warning)
         identity = _identity(job, source)
         if is_finished(job.out):
             report = already_there(job.out, identity, resume=job.resume)
@@ -122,7 +124,7 @@ def _plan(job: Dequantization, source: Checkpoint) -> ShardPlan:
     """
     require_weights(source)
     dims = Dims.from_config(source.config, source.config_file)
-    problems: list[Dsv4qError] = [*source.problems, *compare_with_layout(source, dims)]
+    problems: list[Dsv4qError] = [*source.problems, *compare_with_layout(source, dims), *source.holes.problems]
     if not problems and not isinstance(source, NativeCheckpoint):
         nothing = "There is nothing to dequantize: none of the weights is FP8 or MXFP4"
         problems.append(SourceError(nothing, where=job.source, hint="`dsv4q quantize` takes this checkpoint as it is"))
@@ -131,7 +133,7 @@ def _plan(job: Dequantization, source: Checkpoint) -> ShardPlan:
     tensors = [PlannedTensor(s.name, s.dtype, s.shape, s, False, s.block) for s in source_tensors(dims)]
     plan = ShardPlan(balanced_shards(tensors, job.shards, "--shards") if job.shards else _same_files(source, tensors))
     room = disk_problem(job.out, sum(shard.nbytes for shard in plan.shards), free_bytes(job.out))
-    for problem in (place_problem(job.out), room):
+    for problem in (source.holes.everywhere, place_problem(job.out), room):
         if problem is not None:
             raise problem
     return plan

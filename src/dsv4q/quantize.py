@@ -59,7 +59,8 @@ def _plan(job: Job, source: Checkpoint) -> Plan:
     free = free_bytes(job.out)
     plan = make_plan(source, job.config, free_disk=free)
     disk = disk_problem(job.out, plan.estimate.disk, free)
-    for problem in (place_problem(job.out), disk, data_problem(job.config, job.source)):
+    data = data_problem(job.config, job.source)
+    for problem in (place_problem(job.out), disk, data, source.holes.everywhere):
         plan = with_problem(plan, problem)
     return plan
 
@@ -75,6 +76,8 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         plan = _plan(job, source)
         if plan.problems:
             raise first_problem(plan.problems, "the same command with --dry-run lists them all")
+        for warning in plan.warnings:
+            console.warn(warning)
         from dsv4q.run.ranks import ranks
 
         with ranks(job.device) as here:

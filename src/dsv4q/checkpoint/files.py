@@ -18,6 +18,9 @@ REPORT = "report.json"
 PAGE = "report.html"
 
 AGAIN = "download this file again"
+_LFS = b"version https://git-lfs.github.com/spec/"
+POINTER_BYTES = 1024
+"""Longest Git LFS pointer, as its specification has it: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md."""
 GOES_ON = "make room, or see to the disk; then the same command goes on from there"
 
 
@@ -80,6 +83,18 @@ def read_at(handle: int, offset: int, length: int, where: Path) -> bytes:
     """Up to `length` bytes; fewer only where the file ends. Raises as `fill`."""
     buffer = bytearray(length)
     return bytes(memoryview(buffer)[: fill(handle, memoryview(buffer), offset, where)])
+
+
+def pointer_error(path: Path, raw: bytes) -> SourceError | None:
+    """The refusal of a file that begins with `raw`, if it is a Git LFS pointer: a text of three lines in its place."""
+    if not raw.startswith(_LFS):
+        return None
+    return SourceError(
+        "This is a Git LFS pointer, not the file that it stands for",
+        where=path,
+        found="; ".join(raw[:POINTER_BYTES].decode("ascii", "backslashreplace").splitlines()),
+        hint="`git lfs install && git lfs pull` in this folder gets the files, as `hf download` does",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ writing

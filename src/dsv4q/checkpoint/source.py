@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dsv4q.checkpoint.downloads import Holes, check_downloads, find_holes
 from dsv4q.checkpoint.files import AGAIN, INDEX, fill, open_regular, read_at
 from dsv4q.checkpoint.folder import (
     check_lone_files,
@@ -91,6 +92,8 @@ class Checkpoint:
     has_weights: bool
     """False when the folder (or file) holds only a config.json."""
     config_file: Path
+    warnings: tuple[SourceError, ...] = ()
+    """What is odd there, but stops nothing."""
     hidden: Mapping[str, str] = field(default_factory=dict)
     """Tensors that index or headers promise, of which a problem hides dtype and shape -> the shard they are said to be
     in."""
@@ -216,6 +219,11 @@ class Checkpoint:
         """
         return self._filled(self._entry(name), pinned=False)
 
+    @cached_property
+    def holes(self) -> Holes:
+        """Data that was never written; see `downloads.find_holes`."""
+        return find_holes(self.root, (e for e in self.tensors.values() if e.file in self.files))
+
     def fingerprint(self) -> dict[str, Any]:
         """The source's identity as JSON: digests of config.json, of every shard's header and of samples of its data.
 
@@ -279,7 +287,7 @@ def scan(path: Path) -> Checkpoint:
     config = load_model_config(path)
     if not path.is_dir():
         return Checkpoint(path.parent, config, {}, {}, (), has_weights=False, config_file=path)
-    findings = Findings(path)
+    findings, warnings = Findings(path), Findings(path)
     index = read_index(findings)
     has_index, on_disk = os.path.lexists(path / INDEX), folder_files(path)
     weight_map = {} if index is None else index.weight_map
@@ -289,9 +297,10 @@ def scan(path: Path) -> Checkpoint:
         check_strays(on_disk, promised, findings)
     elif on_disk and not has_index:
         check_lone_files(on_disk, findings)
+    check_downloads(files, findings)
     read = [read_shard(file, promise(promised[file]), findings) for file in sorted(files)]
     shards = {shard.file: shard for shard in read if shard is not None}
-    check_places(index, shards, findings)
+    check_places(index, shards, findings, warnings)
     tensors: dict[str, TensorEntry] = {}
     for shard in shards.values():  # of a tensor in two shards, the one that the index means; else the first
         tensors |= {n: e for n, e in shard.entries.items() if n not in tensors or weight_map.get(n) == shard.file}
@@ -305,6 +314,7 @@ def scan(path: Path) -> Checkpoint:
         findings.errors(),
         has_weights=bool(on_disk) or has_index,
         config_file=path / "config.json",
+        warnings=warnings.errors(),
         hidden={n: file for n, file in hidden.items() if n not in tensors},
     )
 
@@ -319,13 +329,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def require_sound(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """The checkpoint, which was found at `path`, if it has no problem.
+    """The checkpoint, which was found at `path`, if it has no problem and all of its data.
 
     Raises:
         SourceError: the first problem; its hint tells how many more there are.
     """
-    if checkpoint.problems:
-        raise first_problem(checkpoint.problems, f"`dsv4q plan {path}` shows all", _there_are)
+    problems = checkpoint.problems or checkpoint.holes.problems
+    if problems:
+        raise first_problem(problems, f"`dsv4q plan {path}` shows all", _there_are)
     return checkpoint
 
 

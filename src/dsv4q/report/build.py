@@ -44,6 +44,7 @@ def build_report(
         "format": FORMAT,
         "artifact": plan.as_dict()["artifact"],
         "source": plan.as_dict()["source"],
+        "warnings": [warning.as_dict() for warning in plan.warnings],
         "calibration": None if data is None else _calibration(plan, data),
         "activations": plan.config.activations.model_dump(mode="json"),
         "errors": _errors(blocks),

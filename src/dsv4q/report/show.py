@@ -69,6 +69,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"data       {needs['calibration_tokens']:,} calibration tokens{streams if needs['streams_bytes'] else ''}"
     )
+    for warning in plan.warnings:
+        console.warn(warning)
     if not plan.problems:
         console.print("problems   none")
     for problem in plan.problems[:SHOWN]:
