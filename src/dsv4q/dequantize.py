@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4q import __version__
-from dsv4q.checkpoint.against_layout import compare_with_layout
+from dsv4q.checkpoint.against_layout import check_routing, compare_with_layout
 from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import NativeCheckpoint, forms_of, scan_source
@@ -25,11 +25,13 @@ from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, bala
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
-from dsv4q.errors import Dsv4qError, SourceError, first_problem
+from dsv4q.errors import Dsv4qError, SourceError, WeightError, first_problem
 from dsv4q.host import free_bytes, stoppable
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.plan.small_files import write_plain_files
 from dsv4q.verify.judge import require_verified
+
+_LOOK = 4096
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _run_blocks(job: Dequantization, plan: ShardPlan, source: Checkpoint, journa
         with (
             stoppable() as check_stop,
             BackgroundWriter(writer) as behind,
-            loaded_ahead(todo, lambda tensor: source.read(tensor.name), lambda tensor: tensor.nbytes) as ready,
+            loaded_ahead(todo, lambda tensor: _read(source, tensor), lambda tensor: tensor.nbytes) as ready,
             console.progress("dequantizing", plan.artifact_bytes) as progress,
         ):
             progress.skip(plan.artifact_bytes - sum(tensor.nbytes for tensor in todo))
@@ -107,6 +109,23 @@ def _run_blocks(job: Dequantization, plan: ShardPlan, source: Checkpoint, journa
                 behind.finish(block, _line(journal, block))
     finally:
         writer.close()
+
+
+def _read(source: Checkpoint, tensor: PlannedTensor) -> memoryview:
+    """Bytes of one tensor.
+
+    Raises:
+        WeightError: a weight or a norm that is nothing but zeros.
+    """
+    data = source.read(tensor.name)
+    # Of what is not zeros the first bytes tell.
+    if tensor.name.endswith(".weight") and not any(data[:_LOOK]) and not bytes(data).strip(b"\0"):
+        raise WeightError(
+            "A source tensor is nothing but zeros",
+            where=f"{source.root / source.tensors[tensor.name].file}: {tensor.name}",
+            hint="a stopped download leaves zeros: get this shard again, or check its SHA-256",
+        )
+    return data
 
 
 def _line(journal: Journal, block: str) -> Callable[[Mapping[str, str], float], None]:
@@ -125,6 +144,7 @@ def _plan(job: Dequantization, source: Checkpoint) -> ShardPlan:
     require_weights(source)
     dims = Dims.from_config(source.config, source.config_file)
     problems: list[Dsv4qError] = [*source.problems, *compare_with_layout(source, dims), *source.holes.problems]
+    problems += check_routing(source, dims)
     if not problems and not isinstance(source, NativeCheckpoint):
         nothing = "There is nothing to dequantize: none of the weights is FP8 or MXFP4"
         problems.append(SourceError(nothing, where=job.source, hint="`dsv4q quantize` takes this checkpoint as it is"))

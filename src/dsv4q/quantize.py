@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4q.checkpoint.against_layout import check_routing
 from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import scan_source
@@ -60,7 +61,8 @@ def _plan(job: Job, source: Checkpoint) -> Plan:
     plan = make_plan(source, job.config, free_disk=free)
     disk = disk_problem(job.out, plan.estimate.disk, free)
     data = data_problem(job.config, job.source)
-    for problem in (place_problem(job.out), disk, data, source.holes.everywhere):
+    routing = check_routing(source, plan.dims)
+    for problem in (*routing, place_problem(job.out), disk, data, source.holes.everywhere):
         plan = with_problem(plan, problem)
     return plan
 

@@ -39,6 +39,8 @@ _CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _SPARSE_OK = ("embed.weight", "head.weight")
 """Tensors with rows that no token uses, which may be zeros and, in a sparse copy, holes."""
 
+_TAIL = 4096
+
 
 def check_downloads(files: Iterable[str], findings: Findings) -> None:
     """Find what unfinished downloads left beside these files and the small ones, and small ones that are pointers."""
@@ -114,7 +116,7 @@ class Holes:
 
 
 def find_holes(root: Path, tensors: Iterable[TensorEntry]) -> Holes:
-    """The holes in these tensors of a checkpoint.
+    """The holes in these tensors of a checkpoint, and zeros at the end of a shard.
 
     Raises:
         SourceError: a shard cannot be opened.
@@ -130,6 +132,17 @@ def find_holes(root: Path, tensors: Iterable[TensorEntry]) -> Holes:
             holes = list(_holes(handle, begin, size))
             # the header's last block goes on into the data
             is_empty.append(any(a <= begin + os.fstat(handle).st_blksize and b == size for a, b in holes))
+            last = max((entry for entry in entries if entry.nbytes), key=lambda entry: entry.start, default=None)
+            if last is not None and last.name.endswith(".weight") and not holes:
+                length = min(_TAIL, last.nbytes)
+                if not read_at(handle, last.start + last.nbytes - length, length, root / file).strip(b"\0"):
+                    (warnings if last.name.endswith(_SPARSE_OK) else findings).add(
+                        "A shard ends in zeros",
+                        file,
+                        tensor=last.name,
+                        found=f"its last {length:,} bytes are zeros",
+                        hint="a stopped download leaves zeros: get this file again, or check its SHA-256",
+                    )
         lacking = {e: missing for e in entries if (missing := sum(_common(e, hole) for hole in holes))}
         for entry, missing in lacking.items():
             may_be = entry.name.endswith(_SPARSE_OK) and missing < entry.nbytes

@@ -22,6 +22,7 @@ from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
 from dsv4q.layout import Role, TensorSpec
 from dsv4q.plan.work import TensorWork
 from dsv4q.run.experts import ExpertMemory
+from dsv4q.run.values import check_values
 
 READ_THREADS = 8
 """A GPU needs its bytes faster than one thread copies them out of the page cache (2.2 s a block; 0.41 s with 8)."""
@@ -92,18 +93,20 @@ class LoadedBlock:
                 tensor.record_stream(stream)
 
     def check_finite(self, where: Callable[[TensorSpec], str]) -> None:
-        """Refuse NaN and Inf; `where` names a tensor for people.
+        """Refuse NaN, Inf and what `check_values` does; `where` names a tensor for people.
 
         Raises:
-            WeightError: the first tensor that has one.
+            WeightError: the first such tensor.
         """
         if not self.ends:
             return
         specs = [spec for part, _ in self.ends for spec in part]
-        fine = torch.isfinite(torch.cat([ends.to(torch.float32) for _, ends in self.ends])).all(dim=1)
+        every = torch.cat([ends.to(torch.float32) for _, ends in self.ends])
+        fine = torch.isfinite(every).all(dim=1)
         if not bool(fine.all()):
             spec = specs[int((~fine).nonzero()[0])]
             raise _not_finite(self.tensors[spec], where(spec))
+        check_values(specs, every, where)
 
 
 def _not_finite(tensor: torch.Tensor, where: str) -> WeightError:
@@ -230,6 +233,8 @@ class Loader:
         ends = torch.aminmax(tensor) if not work.computed and tensor.is_floating_point() else ()
         if not all(math.isfinite(float(end)) for end in ends):
             raise _not_finite(tensor, self.where(spec))
+        if ends:
+            check_values([spec], torch.stack([end.to(torch.float32) for end in ends])[None], self.where)
         return (tensor,)
 
     def _pinned(self, spec: TensorSpec) -> tuple[torch.Tensor, ...]:
