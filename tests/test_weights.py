@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from runs import CONFIGS
 from users import calibrated, config, dsv4q, edit, shard_of, small_source
 
 
@@ -90,6 +93,34 @@ def test_one_huge_value_is_named(
 ) -> None:
     edit(source, name, lambda tensor: tensor.view(-1)[3].fill_(value))
     refused(source, make(tmp_path), name, shard_of(source, name).name)
+
+
+LARGE = {
+    "nvfp4-fp8-mtp": ("layers.1.ffn.experts.2.w1.weight", "layers.1.ffn.experts.2.w3.weight"),
+    "nvfp4-fp8-mtp-minmax": ("layers.1.ffn.experts.2.w2.weight",),
+    "w4a16-fp8-mtp": ("layers.0.attn.wkv.weight",),
+}
+
+
+@pytest.mark.parametrize("name", list(LARGE))
+def test_a_value_that_erases_the_others_under_its_scale_is_said(name: str, source: Path, tmp_path: Path) -> None:
+    edit(source, LARGE[name][0], lambda tensor: tensor.view(-1)[3].fill_(1e9))
+    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["recipe"]
+    bound = None if name.startswith("w4a16") else "bound"
+    settings = config(tmp_path, recipe=recipe, activations=bound)
+    said = dsv4q("quantize", source, tmp_path / "out", "-c", settings, "--device", "cpu")
+    assert said.code == 0
+    assert "nan" not in said.out
+    warnings = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
+    assert [warning["where"] for warning in warnings] == list(LARGE[name])
+    for weight in LARGE[name]:
+        assert f"Most of a weight is stored as zero: {weight}" in said.err
+
+
+def test_nothing_is_said_of_a_sound_source(source: Path, tmp_path: Path) -> None:
+    said = dsv4q("quantize", source, tmp_path / "out", "-c", config(tmp_path), "--device", "cpu")
+    assert said.code == 0
+    assert "warning" not in said.err
 
 
 @pytest.mark.parametrize("make", [config, calibrated])
