@@ -151,6 +151,9 @@ def quantize(
     data: Annotated[
         str | None, typer.Option(help="Calibrate on this dataset instead of the config's: hub id, folder or JSONL.")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data; else the config's, where the data has it.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     resume: Resume = True,
     dry_run: Annotated[
@@ -164,15 +167,14 @@ def quantize(
     Can be stopped at any moment: the same command goes on where it was and gives the same bytes.
     """
     from dsv4q import quantize as story
-    from dsv4q.config import load_config, with_dataset
+    from dsv4q.config import load_config
     from dsv4q.report.build import show_report
     from dsv4q.report.page.write import write_missing_page
     from dsv4q.report.show import show_plan
+    from dsv4q.run.calibration import with_other_data
 
     console = console_of(as_json, quiet)
-    parsed = load_config(config)
-    if data is not None:
-        parsed = with_dataset(parsed, data)
+    parsed = with_other_data(load_config(config), source, data, split)
     job = story.Job(source=source, out=out, config=parsed, device=device, resume=resume)
     if dry_run:
         made = story.prepare(job)

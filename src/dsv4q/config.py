@@ -212,7 +212,7 @@ def _check_bound(config: Config, where: str) -> None:
             )
 
 
-def with_dataset(config: Config, dataset: str) -> Config:
+def with_dataset(config: Config, dataset: str, split: str | None = None) -> Config:
     """The same config on other data (`--data`).
 
     Raises:
@@ -221,5 +221,5 @@ def with_dataset(config: Config, dataset: str) -> Config:
     if config.calibration is None:
         raise ConfigError("This config calibrates nothing, so --data has no effect", where="--data", found=dataset)
     return config.model_copy(
-        update={"calibration": config.calibration.model_copy(update={"dataset": dataset, "split": None})}
+        update={"calibration": config.calibration.model_copy(update={"dataset": dataset, "split": split})}
     )

@@ -44,7 +44,7 @@ class DataSpec(BaseModel):
         samples="calibration.samples",
         max_length="calibration.max_length",
         split="calibration.split",
-        choose_split="set calibration.split to one of those found",
+        choose_split="set calibration.split, or --split, to one of those found",
     )
 
     dataset: str
