@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from users import calibrated, dsv4q, small_source
+from users import calibrated, config, dsv4q, edit_config, small_source, stopping_at
 
 TRAIN, TEST = ([{"text": f"{word} {i} " * 30} for i in range(40)] for word in ("train", "test"))
 
@@ -111,3 +111,55 @@ def test_rows_with_nothing_in_them_are_passed_over(source: Path, tmp_path: Path)
 
 
 # ------------------------------------------------------------------------------------------------ the same job
+
+
+def unfinished(source: Path, settings: Path, *options: object) -> Path:
+    """OUT of a run that was stopped before its last layer."""
+    out = source.parent / "out"
+    with stopping_at("layers.1"):
+        said = dsv4q("quantize", source, out, "-c", settings, "--device", "cpu", *options)
+    assert "Stopped before the end" in said.err
+    return out
+
+
+def resumed(source: Path, settings: Path, *options: object) -> str:
+    said = dsv4q("quantize", source, source.parent / "out", "-c", settings, "--device", "cpu", *options)
+    assert said.code == 0
+    return said.err
+
+
+def test_the_same_data_under_another_name_goes_on_with_a_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = calibrated(tmp_path)
+    unfinished(source, settings)
+    shutil.copy(source / "chat_samples.jsonl", tmp_path / "copy.jsonl")
+    assert "Resuming" in resumed(source, settings, "--data", "./copy.jsonl")
+    assert "Resuming" not in resumed(source, settings, "--data", tmp_path / "copy.jsonl")  # it is finished
+
+
+def test_other_data_does_not_go_on_with_a_run(source: Path, tmp_path: Path) -> None:
+    settings = calibrated(tmp_path)
+    out = unfinished(source, settings)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TRAIN))
+    said = dsv4q("quantize", source, out, "-c", settings, "--device", "cpu", "--data", tmp_path / "train.jsonl")
+    assert said.code == 1
+    assert "another data" in said.err
+
+
+def test_a_config_json_with_other_white_space_goes_on_with_a_run(source: Path, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    unfinished(source, settings)
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=7) + "\n\n")
+    assert "Resuming" in resumed(source, settings)
+
+
+def test_a_config_json_with_another_value_does_not(source: Path, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    out = unfinished(source, settings)
+    edit_config(source, swiglu_limit=11.0)
+    said = dsv4q("quantize", source, out, "-c", settings, "--device", "cpu")
+    assert said.code == 1
+    assert "another source" in said.err

@@ -30,7 +30,7 @@ OPTIONS = {
     "toy": ["--config/-c", "--seed", "--grid", "--native", "--json", "--quiet/-q"],
     "plan": ["--config/-c", "--ranks", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [
-        "--config/-c", "--data", "--device", "--resume/--no-resume", "--dry-run", "--json", "--quiet/-q",
+        "--config/-c", "--data", "--split", "--device", "--resume/--no-resume", "--dry-run", "--json", "--quiet/-q",
     ],
     "rehearse": ["--config/-c", "--source", "--layers", "--keep", "--device", "--json", "--quiet/-q"],
     "dequantize": ["--shards", "--resume/--no-resume", "--json", "--quiet/-q"],

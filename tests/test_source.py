@@ -211,9 +211,15 @@ def test_fingerprint_sees_changed_weights(tmp_path: Path, place: int) -> None:
     assert one_shard(tmp_path, {"t": info(0, size)}, bytes(data)).fingerprint() != before
 
 
+def test_fingerprint_is_the_same_under_other_white_space(healthy: Path) -> None:
+    before = scan(healthy).fingerprint()
+    (healthy / "config.json").write_text('{ "model_type":  "deepseek_v4" }\n')
+    assert scan(healthy).fingerprint() == before
+
+
 def test_fingerprint_sees_a_changed_config(healthy: Path) -> None:
     before = scan(healthy).fingerprint()
-    (healthy / "config.json").write_text('{"model_type":  "deepseek_v4"}')
+    (healthy / "config.json").write_text('{"model_type": "deepseek_v4", "more": 1}')
     assert scan(healthy).fingerprint() != before
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dsv4q.__main__ import main
 from dsv4q.layout import CSA, SLIDING
 from dsv4q.made_up.native import native_form
 from dsv4q.made_up.toy import ToyConfig, write_toy
+from dsv4q.run.pipeline import BlockLoop
 from runs import CONFIGS
 
 SMALL = ToyConfig(compress_ratios=(SLIDING, CSA), num_hash_layers=1, n_routed_experts=4, shards=2)
@@ -99,3 +100,18 @@ def edit_config(source: Path, **changes: Any) -> None:
     """Change keys of config.json."""
     path = source / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@contextlib.contextmanager
+def stopping_at(block: str) -> Iterator[None]:
+    """Context in which a run stops, as by Ctrl-C, when it comes to a block."""
+    real = BlockLoop._next
+
+    def next_but(self: BlockLoop, blocks: Any, task: Any, watch: Any) -> Any:
+        if task.name == block:
+            raise KeyboardInterrupt
+        return real(self, blocks, task, watch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockLoop, "_next", next_but)
+        yield

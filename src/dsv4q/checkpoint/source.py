@@ -7,6 +7,7 @@ The index of several shards is `model.safetensors.index.json`: `weight_map` (ten
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import threading
@@ -227,6 +228,8 @@ class Checkpoint:
     def fingerprint(self) -> dict[str, Any]:
         """The source's identity as JSON: digests of config.json, of every shard's header and of samples of its data.
 
+        Of config.json the values count, in their order, and no white space.
+
         Samples: 16 pieces of 4 KiB spread evenly over the data, its first and last bytes among them. Two checkpoints
         of the same shapes whose tensors differ throughout (a fine-tune) differ here; a change of a few bytes between
         the samples is not seen.
@@ -244,7 +247,8 @@ class Checkpoint:
                 "header_sha256": hashlib.sha256(read_at(handle, 0, header, path)).hexdigest(),
                 "samples_sha256": samples.hexdigest(),
             }
-        return {"config_sha256": hashlib.sha256(self.config_file.read_bytes()).hexdigest(), "files": shards}
+        config = json.dumps(self.config, separators=(",", ":")).encode()
+        return {"config_sha256": hashlib.sha256(config).hexdigest(), "files": shards}
 
     def close(self) -> None:
         """Close the files; no read may be under way. A later read opens them again."""
