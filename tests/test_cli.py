@@ -276,6 +276,8 @@ def test_of_several_ranks_only_the_first_writes_the_page(
     written: list[Path] = []
     monkeypatch.setattr("dsv4q.quantize.quantize", lambda job, console: quantized.object)
     monkeypatch.setattr("dsv4q.report.page.write.write_missing_page", written.append)
+    for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
     for name, value in (("WORLD_SIZE", world), ("RANK", rank)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert cli("quantize", folder / "source", folder / "out", "-c", TOY).code == 0

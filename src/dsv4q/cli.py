@@ -16,10 +16,10 @@ from typer.core import TyperGroup
 
 from dsv4q import __version__
 from dsv4q.checkpoint.native import scan_source
-from dsv4q.console import Console, console_of, human_bytes, human_seconds, is_first_rank
+from dsv4q.console import Console, console_of, human_bytes, human_seconds
 from dsv4q.errors import Interrupted, UsageError
 from dsv4q.evaluation.show import show_evaluation
-from dsv4q.host import free_bytes, stoppable
+from dsv4q.host import free_bytes, is_first_rank, stoppable
 from dsv4q.verify.judge import verify as judge
 
 
@@ -89,7 +89,7 @@ def toy(
     from dsv4q.made_up.native import grid_form, native_form
     from dsv4q.made_up.toy import RANDOM, ToyConfig, load_toy_config, write_toy
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     if grid and native:
         raise UsageError(
             "--grid and --native exclude each other", where="dsv4q toy", hint="run it twice, into two OUTs"
@@ -123,7 +123,7 @@ def plan(
     from dsv4q.plan.work import WorkTable
     from dsv4q.report.show import show_plan, show_ranks
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     parsed = load_config(config)
     with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
@@ -173,7 +173,7 @@ def quantize(
     from dsv4q.report.show import show_plan
     from dsv4q.run.calibration import with_other_data
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     parsed = with_other_data(load_config(config), source, data, split)
     job = story.Job(source=source, out=out, config=parsed, device=device, resume=resume)
     if dry_run:
@@ -217,7 +217,7 @@ def rehearse(
     from dsv4q.config import load_config
     from dsv4q.report.rehearsal import show_rehearsal
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     wanted = story.Rehearsal(out, load_config(config), source or story.FLASH, layers, keep, device)
     result = story.rehearse(wanted, console)
     console.data(result)
@@ -244,7 +244,7 @@ def dequantize(
     """
     from dsv4q import dequantize as story
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     report = story.dequantize(story.Dequantization(source=native, out=out, shards=shards, resume=resume), console)
     console.data(report)
     console.print(
@@ -271,7 +271,7 @@ def verify_shards(
     """
     from dsv4q.report.show import show_verification
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     total_bytes = _folder_bytes(artifact) if deep or source else 0
     with _verifying(console, total_bytes) as progress:
         result = judge(artifact, source=source, deep=deep, progress=progress, device=device)
@@ -302,7 +302,7 @@ def report(
     """
     from dsv4q.report.page.write import PageRequest, write_report
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     total_bytes = _folder_bytes(artifact) if verify else 0
     with _verifying(console, total_bytes) as progress:
         made = write_report(PageRequest(artifact, out, deep=verify, saved=verification), progress)
@@ -342,7 +342,7 @@ def eval_(
     from dsv4q import evaluate as story
     from dsv4q.evaluation.data import DataRequest
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     request = DataRequest(file=data, samples=samples, length=length, micro_batch=micro_batch)
     job = story.EvaluationRequest(artifact=artifact, reference=reference, data=request, device=device, save=save)
     result = story.evaluate(job, console)
@@ -367,7 +367,7 @@ def diff_(
     from dsv4q import diff as story
     from dsv4q.foreign.result import show_diff
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     result = story.diff(story.DiffRequest(a, b, device), console)
     console.data(result)
     show_diff(result, console)

@@ -82,7 +82,7 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
             console.warn(warning)
         from dsv4q.run.ranks import ranks
 
-        with ranks(job.device) as here:
+        with ranks(job.device, console) as here:
             report = _quantize(job, plan, source, here, console)
     if here.is_leader:
         require_verified(job.out)

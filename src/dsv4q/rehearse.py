@@ -7,7 +7,6 @@ thread of its own (`run/dropping.py`) and then deleted, so that the disk need is
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from dsv4q.checkpoint.writer import ShardWriter
 from dsv4q.config import Config
 from dsv4q.console import Console, human_bytes
 from dsv4q.errors import OutputError, ResumeError, UsageError, first_problem
-from dsv4q.host import free_bytes, stoppable
+from dsv4q.host import free_bytes, rank_variables, stoppable
 from dsv4q.layout import Dims
 from dsv4q.made_up.cut import chosen_layers, cut_config
 from dsv4q.made_up.generated import GeneratedCheckpoint
@@ -115,7 +114,7 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     Raises:
         Dsv4qError: a named reason, as `quantize`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_variables().count > 1:
         raise UsageError(
             "A rehearsal runs in one process", where="torchrun", hint="start it without torchrun; quantize takes ranks"
         )
