@@ -63,6 +63,8 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
             require_verified(job.out)
             return report
         journal = Journal.open(job.out, identity, resume=job.resume)
+        for lack in journal.warnings:
+            console.warn(lack)
         try:
             _run_blocks(job, plan, source, journal, console)
             report = {

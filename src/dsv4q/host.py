@@ -85,12 +85,13 @@ def _peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes that an ordinary user can still write where `path` lies or will lie."""
+def free_bytes(path: Path) -> int | None:
+    """Bytes that an ordinary user can still write where `path` lies or will lie; None where a mount does not tell."""
     probe = path.absolute()
     while not probe.exists():
         probe = probe.parent
-    return shutil.disk_usage(probe).free
+    usage = shutil.disk_usage(probe)
+    return usage.free if usage.total else None
 
 
 @dataclass(frozen=True)

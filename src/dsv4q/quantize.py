@@ -126,6 +126,8 @@ def _journal(job: Job, run: Run, identity: dict[str, Any], console: Console) -> 
     if not run.ranks.is_leader:
         return Journal.follow(job.out, run.ranks.from_leader(None))
     journal = Journal.open(job.out, identity, resume=job.resume)
+    for warning in journal.warnings:
+        console.warn(warning)
     try:
         if journal.done:
             console.talk(f"Resuming: {len(journal.done)} of {len(run.plan.blocks)} blocks are done")

@@ -139,6 +139,8 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any]:
     run = Run(out, plan, prepared.source, data, device, Ranks(), make_writer, begin)
     identity = run.identity() | {"rehearsal": True}
     journal = Journal.open(out, identity, resume=False)
+    for warning in journal.warnings:
+        console.warn(warning)
     finished = False
     try:
         with dropping:

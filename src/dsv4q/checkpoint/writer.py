@@ -16,12 +16,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
+from dsv4q.checkpoint.files import disk_errors, fsync, fsync_folder, make_readable, named, write_at
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
 from dsv4q.errors import OutputError
@@ -48,7 +48,8 @@ def _start_writing_back(handle: int, offset: int, length: int) -> None:
     run that the disk limits (docs/log.md). The advice that pages are not needed begins their write-back on Linux.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # it is advice
+            os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _allocate(handle: int, size: int) -> None:
@@ -66,7 +67,7 @@ def _allocate(handle: int, size: int) -> None:
 
 def _lay_out(handle: int, shard: PlannedShard) -> None:
     """Give an open file the mode, size and header of its shard."""
-    os.fchmod(handle, 0o644)
+    make_readable(handle)
     os.truncate(handle, shard.nbytes)
     write_at(handle, [memoryview(shard.header)], 0)
 
@@ -143,7 +144,7 @@ class ShardWriter:
             handles = {file: self._open[file] for file in {self._place[name][0].file for name in written}}
         for file, handle in handles.items():
             with disk_errors("Writing a shard failed", self.out / file):
-                os.fsync(handle)
+                fsync(handle)
         return written
 
     def finish_blocks(self, blocks: Iterable[str]) -> list[str]:
@@ -180,7 +181,8 @@ class ShardWriter:
                 found=f"{partial.stat().st_size} bytes" if partial.is_file() else "no such file",
                 hint="start over with --no-resume",
             )
-        os.replace(partial, self.out / shard.file)
+        with named(partial):
+            os.replace(partial, self.out / shard.file)
         fsync_folder(self.out)
 
     def _partial(self, shard: PlannedShard) -> Path:
