@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from dsv4q import __version__
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.console import Console, console_of, human_bytes, human_seconds
-from dsv4q.errors import Interrupted, UsageError
+from dsv4q.errors import Interrupted, UsageError, command
 from dsv4q.evaluation.show import show_evaluation
 from dsv4q.host import free_bytes, is_first_rank, stoppable
 from dsv4q.verify.judge import verify as judge
@@ -188,7 +188,7 @@ def quantize(
         write_missing_page(out)
     console.data(report)
     show_report(report, console)
-    console.print(f"{out} is complete. Check every byte with: dsv4q verify-shards {out} --deep --source {source}")
+    console.print(f"{out} is complete. Check every byte with: {_check(out, source)}")
 
 
 @app.command()
@@ -249,8 +249,12 @@ def dequantize(
     console.data(report)
     console.print(
         f"{out}: {report['tensors']:,} tensors, {human_bytes(report['bytes'])}, in {len(report['shards'])} shards. "
-        f"Check every byte with: dsv4q verify-shards {out} --deep --source {native}"
+        f"Check every byte with: {_check(out, native)}"
     )
+
+
+def _check(artifact: Path, source: Path) -> str:
+    return command("dsv4q", "verify-shards", artifact, "--deep", "--source", source)
 
 
 @app.command("verify-shards")
@@ -312,7 +316,7 @@ def report(
     console.print(f"{made.page}: {human_bytes(made.nbytes)}")
     if made.checked is not None and made.checked.differences:
         found = f"{len(made.checked.differences):,} differences"
-        console.print(f"{found}; dsv4q verify-shards {artifact} lists them all")
+        console.print(f"{found}; {command('dsv4q', 'verify-shards', artifact)} lists them all")
         raise typer.Exit(3)
 
 

@@ -25,7 +25,7 @@ from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, bala
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
-from dsv4q.errors import Dsv4qError, SourceError, WeightError, first_problem
+from dsv4q.errors import Dsv4qError, SourceError, WeightError, command, first_problem
 from dsv4q.host import free_bytes, stoppable
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.plan.small_files import write_plain_files
@@ -151,7 +151,7 @@ def _plan(job: Dequantization, source: Checkpoint) -> ShardPlan:
         nothing = "There is nothing to dequantize: none of the weights is FP8 or MXFP4"
         problems.append(SourceError(nothing, where=job.source, hint="`dsv4q quantize` takes this checkpoint as it is"))
     if problems:
-        raise first_problem(tuple(problems), f"`dsv4q plan {job.source}` lists them all")
+        raise first_problem(tuple(problems), f"`{command('dsv4q', 'plan', job.source)}` lists them all")
     tensors = [PlannedTensor(s.name, s.dtype, s.shape, s, False, s.block) for s in source_tensors(dims)]
     plan = ShardPlan(balanced_shards(tensors, job.shards, "--shards") if job.shards else _same_files(source, tensors))
     room = disk_problem(job.out, sum(shard.nbytes for shard in plan.shards), free_bytes(job.out))

@@ -267,7 +267,7 @@ def _keep(rehearsal: Rehearsal, plan: Plan, report: Mapping[str, Any]) -> None:
     write_small_files(out, rehearsal.folder, plan, dict(report))
     card = (out / "README.md").read_text(encoding="utf-8")
     note = "\n## Made-up weights\n\nWritten by `dsv4q rehearse`: the model's form is real, its weights are not.\n"
-    write_atomic(out / "README.md", (card + note).encode())
+    write_atomic(out / "README.md", card + note)
 
 
 def _clean(out: Path, journal: Journal, *, there: bool, keep: bool) -> None:

@@ -194,8 +194,15 @@ def shortcomings(folder: Path, handle: int) -> list[str]:
     return [f"{folder.parent}: this file system {what} ({said})" for what, said in found.items() if said is not None]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either whole or not there; mode 0644."""
+def utf8(text: str) -> bytes:
+    """A text as UTF-8. What of a path is no UTF-8 becomes its escape, which in JSON is that very string."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a small file so that it is either whole or not there; a text as `utf8` has it; mode 0644."""
+    if isinstance(data, str):
+        data = utf8(data)
     partial = path.with_name(path.name + ".partial")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:

@@ -24,6 +24,7 @@ from dsv4q.checkpoint.files import (
     is_finished,
     named,
     shortcomings,
+    utf8,
     write_atomic,
     write_durably,
 )
@@ -152,7 +153,7 @@ class Journal:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+    return utf8(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from dsv4q.checkpoint.folder import (
     usable_files,
 )
 from dsv4q.checkpoint.headers import MAX_HEADER, Findings, TensorEntry, read_shard, shown
-from dsv4q.errors import SourceError, first_problem
+from dsv4q.errors import SourceError, command, first_problem
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import DTYPE_BYTES
 
@@ -340,7 +340,7 @@ def require_sound(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     """
     problems = checkpoint.problems or checkpoint.holes.problems
     if problems:
-        raise first_problem(problems, f"`dsv4q plan {path}` shows all", _there_are)
+        raise first_problem(problems, f"`{command('dsv4q', 'plan', path)}` shows all", _there_are)
     return checkpoint
 
 
