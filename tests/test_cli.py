@@ -28,6 +28,7 @@ TOY = str(CONFIGS / "toy.yaml")
 
 OPTIONS = {
     "toy": ["--config/-c", "--seed", "--grid", "--native", "--json", "--quiet/-q"],
+    "configs": ["--json", "--quiet/-q"],
     "plan": ["--config/-c", "--ranks", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [
         "--config/-c", "--data", "--split", "--device", "--resume/--no-resume", "--dry-run", "--json", "--quiet/-q",
@@ -44,7 +45,7 @@ OPTIONS = {
 """Every option of every command: a new one is a decision, and then it is added here and to the README."""
 
 ARGUMENTS = {
-    "toy": ["OUT"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
+    "toy": ["OUT"], "configs": ["NAME"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
     "dequantize": ["NATIVE", "OUT"],
     "verify-shards": ["ARTIFACT"], "report": ["ARTIFACT"], "eval": ["ARTIFACT"], "diff": ["A", "B"],
 }  # fmt: skip
@@ -174,7 +175,7 @@ def test_short_help_option_is_the_same() -> None:
 
 
 def test_readme_names_every_option_of_quantize_and_every_command() -> None:
-    readme = (CONFIGS.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
     named = [option.split("/")[-1] for option in OPTIONS["quantize"]]
     missing = [o for o in named if o not in ("-q", "-c", "--no-resume") and f"`{o}`" not in readme]
     assert missing == []

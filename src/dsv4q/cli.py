@@ -5,8 +5,6 @@ Exit codes: 0 good, 1 refused or failed for a named reason, 2 usage, 3 verificat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +14,10 @@ from typer.core import TyperGroup
 
 from dsv4q import __version__
 from dsv4q.checkpoint.native import scan_source
-from dsv4q.console import Console, console_of, human_bytes, human_seconds
+from dsv4q.console import console_of, human_bytes, human_seconds
 from dsv4q.errors import Interrupted, UsageError, command
 from dsv4q.evaluation.show import show_evaluation
-from dsv4q.host import free_bytes, is_first_rank, stoppable
+from dsv4q.host import free_bytes, is_first_rank
 from dsv4q.verify.judge import verify as judge
 
 
@@ -50,7 +48,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run in OUT, or start it over.")
 ]
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="What to make: a YAML file, see configs/.")]
+ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", help="What to make: a YAML file, or a shipped config by its name.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -101,6 +101,26 @@ def toy(
         f"{out}: {summary.tensors} tensors, {summary.mtp_tensors} of them mtp.*, in {len(summary.shards)} shards, "
         f"{human_bytes(summary.nbytes)}; tokenizer and {summary.conversations} chat samples"
     )
+
+
+@app.command()
+def configs(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one, to copy and change.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the shipped configs, or print one."""
+    from dsv4q.config import config_file, shipped_configs, summary_of
+
+    console = console_of(as_json, quiet, is_first_rank)
+    if name is not None:
+        path = config_file(Path(name))
+        console.data({"name": path.stem, "path": path, "text": path.read_text(encoding="utf-8")})
+        console.print(path.read_text(encoding="utf-8").rstrip("\n"))
+        return
+    found = {name: summary_of(path) for name, path in shipped_configs().items()}
+    console.data({"configs": found})
+    console.table("Configs", ["name", "makes"], list(found.items()))
 
 
 @app.command()
@@ -273,11 +293,10 @@ def verify_shards(
     Names, dtypes, shapes and config by default; the data too with --deep; every byte against the checkpoint it was
     made from with --source. Exit code 3 if anything differs from what config.json and the format demand.
     """
-    from dsv4q.report.show import show_verification
+    from dsv4q.report.show import show_verification, verifying
 
     console = console_of(as_json, quiet, is_first_rank)
-    total_bytes = _folder_bytes(artifact) if deep or source else 0
-    with _verifying(console, total_bytes) as progress:
+    with verifying(console, artifact, reads=bool(deep or source)) as progress:
         result = judge(artifact, source=source, deep=deep, progress=progress, device=device)
     console.data(result.as_dict())
     show_verification(result, console)
@@ -305,10 +324,10 @@ def report(
     network. Headers are verified each time; exit code 3 if something differs from what must be there.
     """
     from dsv4q.report.page.write import PageRequest, write_report
+    from dsv4q.report.show import verifying
 
     console = console_of(as_json, quiet, is_first_rank)
-    total_bytes = _folder_bytes(artifact) if verify else 0
-    with _verifying(console, total_bytes) as progress:
+    with verifying(console, artifact, reads=verify) as progress:
         made = write_report(PageRequest(artifact, out, deep=verify, saved=verification), progress)
     console.data(made.as_dict())
     for gap in made.gaps:
@@ -377,21 +396,3 @@ def diff_(
     show_diff(result, console)
     if not result["same"]:
         raise typer.Exit(3)
-
-
-@contextmanager
-def _verifying(console: Console, nbytes: int) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress of a verification: call with a label, bytes done and bytes in all."""
-    with stoppable() as check_stop, console.progress("verifying", nbytes) as bar:
-
-        def progress(label: str, now: int, total: int) -> None:
-            check_stop()
-            bar.total = total
-            bar.describe(label)
-            bar.advance(now - bar.done)
-
-        yield progress
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0

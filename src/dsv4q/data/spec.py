@@ -36,7 +36,7 @@ class DataSpec(BaseModel):
         DataError: a seed below 0.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     words: ClassVar[Wording] = Wording(
         purpose="calibration",
