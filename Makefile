@@ -36,8 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@rm -rf $(DEMO)
 	@mkdir -p $(DEMO)
-	$(BIN)/dsv4q plan $(MODEL) --config configs/toy.yaml
-	$(BIN)/dsv4q quantize $(MODEL) $(DEMO)/artifact --config configs/toy.yaml --device cpu
+	$(BIN)/dsv4q plan $(MODEL) --config toy
+	$(BIN)/dsv4q quantize $(MODEL) $(DEMO)/artifact --config toy --device cpu
 	$(BIN)/dsv4q verify-shards $(DEMO)/artifact --source $(MODEL) --deep
 	$(BIN)/dsv4q eval $(DEMO)/artifact --reference $(MODEL) --samples 16 --device cpu --save
 	$(BIN)/dsv4q report $(DEMO)/artifact

@@ -40,7 +40,7 @@ from dsv4q.model.upstream import quiet_libraries
 from dsv4q.quantize import Job, quantize
 from dsv4q.run.calibration import data_wanted
 
-CONFIG = Path(__file__).parent.parent / "configs" / "toy.yaml"
+CONFIG = Path(__file__).parent.parent / "src" / "dsv4q" / "configs" / "toy.yaml"
 NVFP4 = QuantizationScheme(
     targets=["Linear"],
     format="nvfp4-pack-quantized",

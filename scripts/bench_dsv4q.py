@@ -41,7 +41,7 @@ from dsv4q.run.ranks import Ranks, ranks
 from dsv4q.run.run import run_blocks
 from dsv4q.run.stacked import StackLayout
 
-CONFIG = Path(__file__).parent.parent / "configs" / "nvfp4-fp8-mtp.yaml"
+CONFIG = Path(__file__).parent.parent / "src" / "dsv4q" / "configs" / "nvfp4-fp8-mtp.yaml"
 SHARDS = 3
 
 

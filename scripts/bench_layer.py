@@ -1,7 +1,7 @@
 """Full-width DeepSeek-V4 layers: stock llmcompressor, `dsv4q quantize`, and what the machine allows, in one run.
 
     python scripts/bench_layer.py WORK [--layers 3] [--samples 64] [--length 512] [--micro-batch 8] [--device cuda]
-        [--config configs/nvfp4-fp8-mtp.yaml] [--source FOLDER] [--only ceilings,stock,sink,files]
+        [--config nvfp4-fp8-mtp] [--source FOLDER] [--only ceilings,stock,sink,files]
         [--stock-batches 1,8] [--stock-layers K] [--double] [--profile] [--twin] [--verify] [--json FILE]
         [--width full|toy] [--native] [--ranks 1,2,4] [--gpu-memory BYTES]
 

@@ -35,7 +35,7 @@ from dsv4q.quantize import quantize
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"exact": "nvfp4-fp8-mtp", "min/max": "nvfp4-fp8-mtp-minmax", "W4A16": "w4a16-fp8-mtp"}
-"""Column of the table -> file in configs/."""
+"""Column of the table -> shipped config."""
 PAIR = ("min/max", "exact")
 """Artifact and reference of the comparison of two artifacts."""
 SHARDS = 4
@@ -64,7 +64,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for label, name in CONFIGS.items():
         artifact, plain = work / name, work / f"{name}-weights"
-        config = sized(load_config(ROOT / "configs" / f"{name}.yaml"), options.calibrate, options.calibrate_length)
+        config = sized(
+            load_config(ROOT / "src" / "dsv4q" / "configs" / f"{name}.yaml"),
+            options.calibrate,
+            options.calibrate_length,
+        )
         report = quantize(QuantizeJob(source, artifact, config, device=options.device), QUIET)
         write_weights(artifact, plain)
         found[label] = {

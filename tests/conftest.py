@@ -24,7 +24,10 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE"):
+for _name in (
+    "HF_DATASETS_CACHE", "HF_HUB_CACHE", "FORCE_COLOR", "CLICOLOR_FORCE", "RANK", "WORLD_SIZE", "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+):  # fmt: skip
     os.environ.pop(_name, None)
 
 

@@ -12,7 +12,7 @@ from dsv4q.made_up.toy import write_toy
 from dsv4q.quantize import Job, quantize
 from dsv4q.report.page.write import write_missing_page
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(dsv4q.__file__).parent / "configs"
 
 FLASH = Path(dsv4q.__file__).parent / "releases" / "deepseek-v4-flash" / "config.json"
 """config.json of DeepSeek-V4-Flash, as the package has it."""

@@ -28,9 +28,10 @@ TOY = str(CONFIGS / "toy.yaml")
 
 OPTIONS = {
     "toy": ["--config/-c", "--seed", "--grid", "--native", "--json", "--quiet/-q"],
+    "configs": ["--json", "--quiet/-q"],
     "plan": ["--config/-c", "--ranks", "--gpu-memory", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [
-        "--config/-c", "--data", "--device", "--gpu-memory", "--resume/--no-resume", "--dry-run", "--json",
+        "--config/-c", "--data", "--split", "--device", "--gpu-memory", "--resume/--no-resume", "--dry-run", "--json",
         "--quiet/-q",
     ],
     "rehearse": [
@@ -48,7 +49,7 @@ OPTIONS = {
 """Every option of every command: a new one is a decision, and then it is added here and to the README."""
 
 ARGUMENTS = {
-    "toy": ["OUT"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
+    "toy": ["OUT"], "configs": ["NAME"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
     "dequantize": ["NATIVE", "OUT"],
     "verify-shards": ["ARTIFACT"], "report": ["ARTIFACT"], "eval": ["ARTIFACT"], "diff": ["A", "B"],
 }  # fmt: skip
@@ -178,7 +179,7 @@ def test_short_help_option_is_the_same() -> None:
 
 
 def test_readme_names_every_option_of_quantize_and_every_command() -> None:
-    readme = (CONFIGS.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
     named = [option.split("/")[-1] for option in OPTIONS["quantize"]]
     missing = [o for o in named if o not in ("-q", "-c", "--no-resume") and f"`{o}`" not in readme]
     assert missing == []
@@ -280,6 +281,8 @@ def test_of_several_ranks_only_the_first_writes_the_page(
     written: list[Path] = []
     monkeypatch.setattr("dsv4q.quantize.quantize", lambda job, console: quantized.object)
     monkeypatch.setattr("dsv4q.report.page.write.write_missing_page", written.append)
+    for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
     for name, value in (("WORLD_SIZE", world), ("RANK", rank)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert cli("quantize", folder / "source", folder / "out", "-c", TOY).code == 0

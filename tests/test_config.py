@@ -203,6 +203,70 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         load_config(path)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("form", ["{}", "{}.yaml", "configs/{}.yaml"])
+def test_a_shipped_config_is_taken_by_its_name(
+    name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path(form.format(name))) == load_config(CONFIGS / f"{name}.yaml")
+
+
+def test_a_file_wins_over_a_shipped_config_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("toy").write_text("recipe: {}\n")
+    with pytest.raises(ConfigError):
+        load_config(Path("toy"))
+
+
+def test_an_unknown_name_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Path("nvfp4"))
+    assert all(name in str(caught.value.expected) for name in SHIPPED)
+    assert "dsv4q configs" in str(caught.value.hint)
+
+
+# ----------------------------------------------------------------------------------------------- plain words
+
+
+def test_a_bare_recipe_is_called_that() -> None:
+    error = refusal(shipped()["recipe"])
+    assert "a recipe, not a config" in error.what and "recipe:" in str(error.hint)
+
+
+@pytest.mark.parametrize("section", ["recipe", "mtp", "activations", "output"])
+def test_an_empty_section_is_called_that(section: str) -> None:
+    error = refusal({**shipped(), section: None})
+    assert error.what == f"The section {section} is empty"
+
+
+def test_a_calibration_section_without_keys_is_called_that_where_it_is_needed() -> None:
+    error = refusal({**shipped(), "calibration": None})
+    assert error.found == "a section with nothing under it"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected", "found"),
+    [
+        ("mtp", "keep", 0, "true or false", "0"),
+        ("mtp", "keep", "no", "true or false", "'no'"),
+        ("calibration", "samples", True, "an integer", "True, which YAML makes of yes"),
+        ("calibration", "samples", "many", "an integer", "'many'"),
+        ("calibration", "seed", 1.5, "an integer", "1.5"),
+        ("output", "shards", True, "an integer", "True, which YAML makes of yes"),
+        ("activations", "headroom", True, "a number", "True, which YAML makes of yes"),
+        ("calibration", "split", False, "a text", "False, which YAML makes of yes"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_plain_words(
+    section: str, key: str, value: object, expected: str, found: str
+) -> None:
+    raw = shipped()
+    error = refusal({**raw, section: {**raw[section], key: value}})
+    assert error.expected == expected
+    assert str(error.found).startswith(found)
+
+
 @pytest.mark.parametrize("name", ["absent.yaml", "."])
 def test_a_config_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="no such config") as caught:
@@ -225,7 +289,7 @@ def test_without_mtp_there_are_no_head_copies_unless_asked_for() -> None:
         ("activations", {"experts": "all", "fallback": "layer_max"}, "never needs one"),
         ("activations", {"scales": "bound", "headroom": 2.0}, "no effect"),
         ("activations", "bound", "calibration data but takes its input scales from bounds"),
-        ("calibration", None, "no calibration section"),
+        ("calibration", None, "has no calibration section"),
     ],
 )
 def test_a_contradiction_is_refused(section: str, value: object, told: str) -> None:
@@ -384,7 +448,7 @@ def defaults(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
 
 
 def test_the_documentation_lists_every_key_with_its_default() -> None:
-    text = (CONFIGS.parent / "docs" / "config.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "config.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|", text, re.MULTILINE)
     documented = {key: re.sub(r"`|(?<=required).*", "", default) for key, default in rows}
     assert documented == defaults(Config)

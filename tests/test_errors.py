@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import traceback
 from pathlib import Path
 
 import pytest
 
-from dsv4q.errors import DataError, Dsv4qError, SourceError, VerificationFailed, first_problem
+from dsv4q.errors import DataError, Dsv4qError, SourceError, VerificationFailed, command, first_problem
 
 ERROR = SourceError("A shard is gone", where="a", expected="b", found="c", hint="look")
 
@@ -69,3 +71,9 @@ def test_of_several_problems_the_first_tells_of_the_others(hint: str | None, tol
 
 def test_a_caller_may_count_the_others_in_words_of_its_own() -> None:
     assert first_problem([ERROR, ERROR], "see X", lambda more: f"and {more}:").hint == "look; and 1: see X"
+
+
+@pytest.mark.parametrize("path", ["plain", "two words", "it's", os.fsdecode(b"caf\xe9"), "\x1b[0m$(rm)", "tab\tline\n"])
+def test_a_command_is_read_by_the_shell_as_it_was_meant(path: str) -> None:
+    line = os.fsencode(f"printf %s {command(path)}")
+    assert subprocess.run(["bash", "-c", line], capture_output=True).stdout == os.fsencode(path)

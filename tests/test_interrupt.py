@@ -11,7 +11,7 @@ import pytest
 from dsv4q.host import stoppable
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_signal_waits_for_the_next_check(number: int) -> None:
     with pytest.raises(KeyboardInterrupt), stoppable() as check:
         check()
@@ -32,6 +32,16 @@ def test_asking_twice_by_sigterm_is_asking_once() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         check()
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable() as check:
+            os.kill(os.getpid(), signal.SIGHUP)
+            check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_handler_of_before_comes_back() -> None:

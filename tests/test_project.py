@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +18,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from runs import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +68,26 @@ def test_a_copy_that_was_never_installed_knows_no_version(tmp_path: Path) -> Non
     code = "import sys; sys.path.insert(0, sys.argv[1]); import dsv4q; print(dsv4q.__version__)"
     line = [sys.executable, "-I", "-S", "-c", code, str(tmp_path)]  # -S: without installed packages
     assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "0+unknown\n"
+
+
+def test_an_installed_copy_outside_the_clone_has_its_configs_and_releases(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", clone / "src", ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", tmp_path / "site", clone], check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+
+    def dsv4q(*arguments: str) -> str:
+        command = [sys.executable, "-m", "dsv4q", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout
+
+    assert json.loads(dsv4q("configs", "--json"))["configs"].keys() == {p.stem for p in CONFIGS.glob("*.yaml")}
+    assert dsv4q("configs", "toy") == (CONFIGS / "toy.yaml").read_text()
+    flash = tmp_path / "site" / "dsv4q" / "releases" / "deepseek-v4-flash"
+    assert "134,309 tensors" in dsv4q("plan", str(flash), "--config", "nvfp4-fp8-mtp")
 
 
 def test_ci_runs_what_a_developer_can_run() -> None:

@@ -157,8 +157,9 @@ def test_one_rank_does_what_the_plan_said(name: str, job: Job, tmp_path: Path) -
 
 THREADS = """
 from pathlib import Path
+from dsv4q.console import Console
 from dsv4q.run.ranks import ranks
-with ranks("cpu") as here:
+with ranks("cpu", Console()) as here:
     import llmcompressor
     here.wait_for_all()
 print("left:", [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())])

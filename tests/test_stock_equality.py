@@ -15,9 +15,8 @@ from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.made_up.toy import write_toy
 from dsv4q.quantize import Job, quantize
 from dsv4q.run.calibration import data_wanted
+from runs import CONFIGS
 from stock import as_bytes, assert_same_tensors, run_stock, write_tiny
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 Tensors = dict[str, torch.Tensor]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from dsv4q.cli import app
@@ -40,8 +41,9 @@ def _fail(error: Dsv4qError) -> NoReturn:
     try:
         Running.console.error(error)
     except OSError:
-        # stdout itself is what failed; in quiet mode errors go to stderr
-        Console(Mode.QUIET).error(error)
+        # stdout itself is what failed; in quiet mode errors go to stderr, which a closed terminal takes along
+        with suppress(OSError):
+            Console(Mode.QUIET).error(error)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python flushes the old one again at its exit
     sys.exit(error.exit_code)
 

@@ -5,8 +5,6 @@ Exit codes: 0 good, 1 refused or failed for a named reason, 2 usage, 3 verificat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +14,10 @@ from typer.core import TyperGroup
 
 from dsv4q import __version__
 from dsv4q.checkpoint.native import scan_source
-from dsv4q.console import Console, bytes_of, console_of, human_bytes, human_seconds, is_first_rank
-from dsv4q.errors import Interrupted, UsageError
+from dsv4q.console import bytes_of, console_of, human_bytes, human_seconds
+from dsv4q.errors import Interrupted, UsageError, command
 from dsv4q.evaluation.show import show_evaluation
-from dsv4q.host import free_bytes, stoppable
+from dsv4q.host import free_bytes, is_first_rank
 from dsv4q.verify.judge import verify as judge
 
 
@@ -50,7 +48,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run in OUT, or start it over.")
 ]
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="What to make: a YAML file, see configs/.")]
+ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", help="What to make: a YAML file, or a shipped config by its name.")
+]
 GpuMemory = Annotated[
     int | None,
     typer.Option(parser=bytes_of, metavar="BYTES", help="Of a GPU use no more than this, such as 16GB or 24GiB."),
@@ -93,7 +93,7 @@ def toy(
     from dsv4q.made_up.native import grid_form, native_form
     from dsv4q.made_up.toy import RANDOM, ToyConfig, load_toy_config, write_toy
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     if grid and native:
         raise UsageError(
             "--grid and --native exclude each other", where="dsv4q toy", hint="run it twice, into two OUTs"
@@ -105,6 +105,26 @@ def toy(
         f"{out}: {summary.tensors} tensors, {summary.mtp_tensors} of them mtp.*, in {len(summary.shards)} shards, "
         f"{human_bytes(summary.nbytes)}; tokenizer and {summary.conversations} chat samples"
     )
+
+
+@app.command()
+def configs(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one, to copy and change.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the shipped configs, or print one."""
+    from dsv4q.config import config_file, shipped_configs, summary_of
+
+    console = console_of(as_json, quiet, is_first_rank)
+    if name is not None:
+        path = config_file(Path(name))
+        console.data({"name": path.stem, "path": path, "text": path.read_text(encoding="utf-8")})
+        console.print(path.read_text(encoding="utf-8").rstrip("\n"))
+        return
+    found = {name: summary_of(path) for name, path in shipped_configs().items()}
+    console.data({"configs": found})
+    console.table("Configs", ["name", "makes"], list(found.items()))
 
 
 @app.command()
@@ -129,7 +149,7 @@ def plan(
     from dsv4q.plan.work import WorkTable
     from dsv4q.report.show import show_plan, show_ranks
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     parsed = load_config(config)
     with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
@@ -158,6 +178,9 @@ def quantize(
     data: Annotated[
         str | None, typer.Option(help="Calibrate on this dataset instead of the config's: hub id, folder or JSONL.")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data; else the config's, where the data has it.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     gpu_memory: GpuMemory = None,
     resume: Resume = True,
@@ -172,15 +195,14 @@ def quantize(
     Can be stopped at any moment: the same command goes on where it was and gives the same bytes.
     """
     from dsv4q import quantize as story
-    from dsv4q.config import load_config, with_dataset
+    from dsv4q.config import load_config
     from dsv4q.report.build import show_report
     from dsv4q.report.page.write import write_missing_page
     from dsv4q.report.show import show_plan
+    from dsv4q.run.calibration import with_other_data
 
-    console = console_of(as_json, quiet)
-    parsed = load_config(config)
-    if data is not None:
-        parsed = with_dataset(parsed, data)
+    console = console_of(as_json, quiet, is_first_rank)
+    parsed = with_other_data(load_config(config), source, data, split)
     job = story.Job(source, out, parsed, device, gpu_memory, resume)
     if dry_run:
         made = story.prepare(job)
@@ -194,7 +216,7 @@ def quantize(
         write_missing_page(out)
     console.data(report)
     show_report(report, console)
-    console.print(f"{out} is complete. Check every byte with: dsv4q verify-shards {out} --deep --source {source}")
+    console.print(f"{out} is complete. Check every byte with: {_check(out, source)}")
 
 
 @app.command()
@@ -231,7 +253,7 @@ def rehearse(
     from dsv4q.config import load_config
     from dsv4q.report.rehearsal import show_rehearsal
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     wanted = story.Rehearsal(
         out, load_config(config), source or story.FLASH, layers, keep, device, gpu_memory, native, judged
     )
@@ -263,13 +285,17 @@ def dequantize(
     """
     from dsv4q import dequantize as story
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     report = story.dequantize(story.Dequantization(native, out, shards, resume, device), console)
     console.data(report)
     console.print(
         f"{out}: {report['tensors']:,} tensors, {human_bytes(report['bytes'])}, in {len(report['shards'])} shards. "
-        f"Check every byte with: dsv4q verify-shards {out} --deep --source {native}"
+        f"Check every byte with: {_check(out, native)}"
     )
+
+
+def _check(artifact: Path, source: Path) -> str:
+    return command("dsv4q", "verify-shards", artifact, "--deep", "--source", source)
 
 
 @app.command("verify-shards")
@@ -288,11 +314,10 @@ def verify_shards(
     Names, dtypes, shapes and config by default; the data too with --deep; every byte against the checkpoint it was
     made from with --source. Exit code 3 if anything differs from what config.json and the format demand.
     """
-    from dsv4q.report.show import show_verification
+    from dsv4q.report.show import show_verification, verifying
 
-    console = console_of(as_json, quiet)
-    total_bytes = _folder_bytes(artifact) if deep or source else 0
-    with _verifying(console, total_bytes) as progress:
+    console = console_of(as_json, quiet, is_first_rank)
+    with verifying(console, artifact, reads=bool(deep or source)) as progress:
         result = judge(artifact, source=source, deep=deep, progress=progress, device=device)
     console.data(result.as_dict())
     show_verification(result, console)
@@ -320,10 +345,10 @@ def report(
     network. Headers are verified each time; exit code 3 if something differs from what must be there.
     """
     from dsv4q.report.page.write import PageRequest, write_report
+    from dsv4q.report.show import verifying
 
-    console = console_of(as_json, quiet)
-    total_bytes = _folder_bytes(artifact) if verify else 0
-    with _verifying(console, total_bytes) as progress:
+    console = console_of(as_json, quiet, is_first_rank)
+    with verifying(console, artifact, reads=verify) as progress:
         made = write_report(PageRequest(artifact, out, deep=verify, saved=verification), progress)
     console.data(made.as_dict())
     for gap in made.gaps:
@@ -331,7 +356,7 @@ def report(
     console.print(f"{made.page}: {human_bytes(made.nbytes)}")
     if made.checked is not None and made.checked.differences:
         found = f"{len(made.checked.differences):,} differences"
-        console.print(f"{found}; dsv4q verify-shards {artifact} lists them all")
+        console.print(f"{found}; {command('dsv4q', 'verify-shards', artifact)} lists them all")
         raise typer.Exit(3)
 
 
@@ -359,7 +384,7 @@ def eval_(
     from dsv4q import evaluate as story
     from dsv4q.evaluation.data import DataRequest
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     request = DataRequest(file=data, samples=samples, length=length, micro_batch=micro_batch)
     job = story.EvaluationRequest(artifact=artifact, reference=reference, data=request, device=device, save=save)
     result = story.evaluate(job, console)
@@ -384,27 +409,9 @@ def diff_(
     from dsv4q import diff as story
     from dsv4q.foreign.result import show_diff
 
-    console = console_of(as_json, quiet)
+    console = console_of(as_json, quiet, is_first_rank)
     result = story.diff(story.DiffRequest(a, b, device), console)
     console.data(result)
     show_diff(result, console)
     if not result["same"]:
         raise typer.Exit(3)
-
-
-@contextmanager
-def _verifying(console: Console, nbytes: int) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress of a verification: call with a label, bytes done and bytes in all."""
-    with stoppable() as check_stop, console.progress("verifying", nbytes) as bar:
-
-        def progress(label: str, now: int, total: int) -> None:
-            check_stop()
-            bar.total = total
-            bar.describe(label)
-            bar.advance(now - bar.done)
-
-        yield progress
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0

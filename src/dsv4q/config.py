@@ -25,7 +25,7 @@ from dsv4q.recipe.schemes import Scheme
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Mtp(_Frozen):
@@ -135,15 +135,48 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: Path) -> Config:
-    """Read a config YAML.
+_SHIPPED = Path(__file__).parent / "configs"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with dsv4q, by name."""
+    return {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
+
+
+def summary_of(path: Path) -> str:
+    """What a shipped config says of itself: its first sentence."""
+    comment = path.read_text(encoding="utf-8").partition("\n\n")[0].partition("\nrecipe:")[0]
+    return " ".join(line.removeprefix("#").strip() for line in comment.splitlines()).partition(". ")[0].rstrip(".")
+
+
+def config_file(given: Path) -> Path:
+    """The file that `--config` means: one that is there, else a shipped config by its name.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if given.is_file():
+        return given
+    shipped = shipped_configs()
+    name = str(given).removeprefix("configs/").removesuffix(".yaml")
+    if name not in shipped:
+        raise ConfigError(
+            "There is no such config",
+            where=given,
+            expected=f"a YAML file, or one of {', '.join(shipped)}",
+            hint="`dsv4q configs` lists the shipped ones, `dsv4q configs NAME > mine.yaml` copies one",
+        )
+    return shipped[name]
+
+
+def load_config(given: Path) -> Config:
+    """Read a config YAML, or a shipped config by its name.
 
     Raises:
         ConfigError: absent, not YAML, unknown key, wrong value, contradiction.
         RecipeError: the recipe is not one that dsv4q can run.
     """
-    if not path.is_file():
-        raise ConfigError("There is no such config", where=path, hint="see configs/ for the shipped ones")
+    path = config_file(given)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -155,6 +188,7 @@ def parse_config(raw: object, where: str = "config") -> Config:
     """Check a parsed YAML document; see `load_config` for the errors."""
     if not isinstance(raw, dict):
         raise ConfigError("The config is not a mapping", where=where, found=type(raw).__name__)
+    _check_sections(raw, where)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -164,7 +198,9 @@ def parse_config(raw: object, where: str = "config") -> Config:
     except RecipeError as error:
         raise error.but(where=f"{where}: {error.where or 'recipe'}") from error.__cause__
     if not groups:
-        raise RecipeError("The recipe has no config group", where=where, hint="see configs/ for examples")
+        raise RecipeError(
+            "The recipe has no config group", where=where, hint="`dsv4q configs nvfp4-fp8-mtp` shows an example"
+        )
     if not config.has_input_scales:
         _check_no_effect(config, where)
     if config.activations.scales == "bound":
@@ -174,9 +210,30 @@ def parse_config(raw: object, where: str = "config") -> Config:
             "The recipe has calibrated activations but the config has no calibration section",
             where=where,
             expected="calibration with at least a dataset",
+            found="a section with nothing under it" if "calibration" in raw else "no such section",
             hint="or activations: bound, which needs no data",
         )
     return config
+
+
+def _check_sections(raw: dict[Any, Any], where: str) -> None:
+    """What pydantic would call by another name: a recipe that is no config yet, a section without a key."""
+    if raw and all(isinstance(key, str) and key.endswith("_stage") for key in raw):
+        raise ConfigError(
+            "This is a recipe, not a config",
+            where=where,
+            expected="a config, of which the recipe is the section `recipe`",
+            found=", ".join(raw),
+            hint="put it under `recipe:`, with `calibration:` beside it; `dsv4q configs nvfp4-fp8-mtp` shows one",
+        )
+    for name, section in raw.items():
+        if section is None and name in Config.model_fields and name != "calibration":  # which may be none
+            raise ConfigError(
+                f"The section {name} is empty",
+                where=f"{where}: {name}",
+                expected="keys, as docs/config.md lists them, or no such section",
+                found="nothing under it",
+            )
 
 
 def _check_no_effect(config: Config, where: str) -> None:
@@ -212,7 +269,7 @@ def _check_bound(config: Config, where: str) -> None:
             )
 
 
-def with_dataset(config: Config, dataset: str) -> Config:
+def with_dataset(config: Config, dataset: str, split: str | None = None) -> Config:
     """The same config on other data (`--data`).
 
     Raises:
@@ -221,5 +278,5 @@ def with_dataset(config: Config, dataset: str) -> Config:
     if config.calibration is None:
         raise ConfigError("This config calibrates nothing, so --data has no effect", where="--data", found=dataset)
     return config.model_copy(
-        update={"calibration": config.calibration.model_copy(update={"dataset": dataset, "split": None})}
+        update={"calibration": config.calibration.model_copy(update={"dataset": dataset, "split": split})}
     )

@@ -201,8 +201,9 @@ class Console:
         if self.mode == Mode.HUMAN:
             _write(sys.stderr, _shown(text))
 
-    def warn(self, text: str) -> None:
+    def warn(self, what: str | Dsv4qError) -> None:
         """Say what deserves attention but stops nothing."""
+        text = what if isinstance(what, str) else what.text()
         if self.mode != Mode.QUIET:
             _write(sys.stderr, _paint(sys.stderr, "warning:", "33") + f" {_shown(text)}")
 
@@ -354,18 +355,16 @@ class Running:
     console = Console()
 
 
-def is_first_rank() -> bool:
-    """Of those that torchrun started; a process alone is the first."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+def console_of(as_json: bool, quiet: bool, speaks: Callable[[], bool] = lambda: True) -> Console:
+    """The console of a command with these options.
 
-
-def console_of(as_json: bool, quiet: bool) -> Console:
-    """The console of a command with these options; of several ranks the first one speaks, all name their errors."""
-    console = Console(Mode.JSON if as_json else Mode.QUIET if quiet else Mode.HUMAN)
-    if not is_first_rank():
-        console = Console(Mode.QUIET)
-    Running.console = console
-    return console
+    Args:
+        speaks: whether this process does; of several ranks the first one, while all name their errors.
+    """
+    Running.console = Console(Mode.JSON if as_json else Mode.QUIET if quiet else Mode.HUMAN)
+    if not speaks():
+        Running.console = Console(Mode.QUIET)
+    return Running.console
 
 
 def open_standard_streams() -> None:

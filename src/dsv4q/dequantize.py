@@ -17,22 +17,24 @@ from typing import Any
 import torch
 
 from dsv4q import __version__
-from dsv4q.checkpoint.against_layout import compare_with_layout
+from dsv4q.checkpoint.against_layout import check_routing, compare_with_layout
 from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import NativeCheckpoint, forms_of, scan_source
 from dsv4q.checkpoint.output import already_there, check_output, disk_problem, place_problem
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, balanced_shards, shard_name
 from dsv4q.checkpoint.source import Checkpoint, require_weights
-from dsv4q.checkpoint.values import batches, values_ahead
+from dsv4q.checkpoint.values import Batch, batches, values_ahead
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
-from dsv4q.errors import DeviceError, Dsv4qError, SourceError, first_problem
+from dsv4q.errors import DeviceError, Dsv4qError, SourceError, WeightError, command, first_problem
 from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.host import free_bytes, stoppable, usable_device
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.plan.small_files import write_plain_files
 from dsv4q.verify.judge import require_verified
+
+_LOOK = 4096
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,16 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
     check_output(job.out, job.source)
     with scan_source(job.source) as source:
         plan = _plan(job, source)
+        for warning in source.warnings:
+            console.warn(warning)
         identity = _identity(job, source)
         if is_finished(job.out):
             report = already_there(job.out, identity, resume=job.resume)
             require_verified(job.out)
             return report
         journal = Journal.open(job.out, identity, resume=job.resume)
+        for lack in journal.warnings:
+            console.warn(lack)
         try:
             _run_blocks(job, plan, source, device, journal, console)
             report = {
@@ -114,6 +120,7 @@ def _run_blocks(
                 progress.describe(block)
                 for batch, values in islice(ready, len(some)):
                     check_stop()
+                    _check_values(source, batch, values)
                     data, size = tensor_bytes(values), batch.nbytes // len(batch.names)
                     behind.put(block, [(n, data[i * size : (i + 1) * size]) for i, n in enumerate(batch.names)])
                     progress.advance(batch.nbytes)
@@ -127,6 +134,22 @@ def _run_blocks(
         ) from error
     finally:
         writer.close()
+
+
+def _check_values(source: Checkpoint, batch: Batch, values: torch.Tensor) -> None:
+    """Refuse weights and norms that are nothing but zeros, among the values [T, ...] of a batch.
+
+    Raises:
+        WeightError: the first of them.
+    """
+    for name, value in zip(batch.names, values.flatten(1), strict=True):
+        # Of what is not zeros the first elements tell.
+        if name.endswith(".weight") and not bool(value[:_LOOK].any()) and not bool(value.any()):
+            raise WeightError(
+                "A source tensor is nothing but zeros",
+                where=f"{source.root / source.tensors[name].file}: {name}",
+                hint="a stopped download leaves zeros: get this shard again, or check its SHA-256",
+            )
 
 
 def _line(journal: Journal, block: str) -> Callable[[Mapping[str, str], float], None]:
@@ -144,16 +167,17 @@ def _plan(job: Dequantization, source: Checkpoint) -> ShardPlan:
     """
     require_weights(source)
     dims = Dims.from_config(source.config, source.config_file)
-    problems: list[Dsv4qError] = [*source.problems, *compare_with_layout(source, dims)]
+    problems: list[Dsv4qError] = [*source.problems, *compare_with_layout(source, dims), *source.holes.problems]
+    problems += check_routing(source, dims)
     if not problems and not isinstance(source, NativeCheckpoint):
         nothing = "There is nothing to dequantize: none of the weights is FP8 or MXFP4"
         problems.append(SourceError(nothing, where=job.source, hint="`dsv4q quantize` takes this checkpoint as it is"))
     if problems:
-        raise first_problem(tuple(problems), f"`dsv4q plan {job.source}` lists them all")
+        raise first_problem(tuple(problems), f"`{command('dsv4q', 'plan', job.source)}` lists them all")
     tensors = [PlannedTensor(s.name, s.dtype, s.shape, s, False, s.block) for s in source_tensors(dims)]
     plan = ShardPlan(balanced_shards(tensors, job.shards, "--shards") if job.shards else _same_files(source, tensors))
     room = disk_problem(job.out, sum(shard.nbytes for shard in plan.shards), free_bytes(job.out))
-    for problem in (place_problem(job.out), room):
+    for problem in (source.holes.everywhere, place_problem(job.out), room):
         if problem is not None:
             raise problem
     return plan

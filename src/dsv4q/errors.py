@@ -6,9 +6,23 @@ A plain Python exception that reaches the command line is a defect of ours, neve
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
+
+
+def command(*words: object) -> str:
+    """A command line that can be pasted into bash, whatever bytes are in a path."""
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if word.replace("\n", "").replace("\t", "").isprintable():
+        return shlex.quote(word)
+    bytes_or_ascii = (chr(b) if 32 <= b < 127 and chr(b) not in "'\\" else f"\\x{b:02x}" for b in os.fsencode(word))
+    return f"$'{''.join(bytes_or_ascii)}'"
 
 
 class Dsv4qError(Exception):

@@ -93,7 +93,7 @@ def evaluate(request: EvaluationRequest, console: Console) -> dict[str, Any]:
             artifact.checkpoint.close()
     result = _result(request, (reference, artifact), data, measured, time.time() - begin)
     if request.save:
-        write_atomic(request.artifact / SAVED, json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_atomic(request.artifact / SAVED, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 

@@ -1,9 +1,9 @@
-"""The machine: the device that `--device` names, memory in use, Ctrl-C and SIGTERM at places of our choosing.
+"""The machine: the device that `--device` names, memory in use, started ranks, signals at places of our choosing.
 
 Python raises KeyboardInterrupt between any two steps of the main thread, also while it holds the lock of a future that
 a worker waits for; then the pool never ends and the run hangs instead of stopping. So during a run the signal only sets
 a flag, and the run asks for it between tensors and micro-batches. SIGTERM, which torchrun and Slurm send to what they
-end, is taken in the same way, so that a rank says why it ends.
+end, and SIGHUP, which a terminal that is closed sends, are taken in the same way, so that a rank says why it ends.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4q.errors import DeviceError
+from dsv4q.errors import DeviceError, RankError
 
 if TYPE_CHECKING:
     import torch
@@ -100,17 +101,109 @@ def _peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes that an ordinary user can still write where `path` lies or will lie."""
+def free_bytes(path: Path) -> int | None:
+    """Bytes that an ordinary user can still write where `path` lies or will lie; None where a mount does not tell."""
     probe = path.absolute()
     while not probe.exists():
         probe = probe.parent
-    return shutil.disk_usage(probe).free
+    usage = shutil.disk_usage(probe)
+    return usage.free if usage.total else None
+
+
+@dataclass(frozen=True)
+class RankVariables:
+    """What the environment says of this process as one of several ranks."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    meet: str = ""
+    """Where they meet, host and port."""
+    by_torchrun: bool = False
+
+
+_RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""What a rank needs to know; torchrun sets all of it, and TORCHELASTIC_RUN_ID."""
+
+
+def rank_variables() -> RankVariables:
+    """This process among the ranks that torchrun, or somebody like it, started; one alone where nobody did.
+
+    Schedulers leave some of the variables in every process of a pod. So they count only where torchrun names itself, or
+    all of them are there; see `leftover_ranks`.
+
+    Raises:
+        RankError: a variable that is missing under torchrun, or whose value is impossible.
+    """
+    by_torchrun = bool(os.environ.get("TORCHELASTIC_RUN_ID"))
+    missing = _missing_rank_variables()
+    if missing and not by_torchrun:
+        return RankVariables()
+    if missing:
+        raise RankError(
+            "A variable of this rank is missing or empty",
+            where=", ".join(missing),
+            expected=f"{', '.join(_RANK_VARIABLES)}, as torchrun sets them",
+            found="TORCHELASTIC_RUN_ID, without them",
+            hint="start it with torchrun, or unset TORCHELASTIC_RUN_ID to run one process",
+        )
+    count = _number("WORLD_SIZE", 1)
+    return RankVariables(
+        rank=_number("RANK", 0, count - 1),
+        count=count,
+        local_rank=_number("LOCAL_RANK", 0),
+        local_count=_number("LOCAL_WORLD_SIZE", 1) if os.environ.get("LOCAL_WORLD_SIZE") else 1,
+        meet=f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT', 0, 65535)}",
+        by_torchrun=by_torchrun,
+    )
+
+
+def leftover_ranks() -> str | None:
+    """What to say of variables that speak of several ranks to a process that nobody started as one of them."""
+    names = [name for name in ("WORLD_SIZE", "RANK") if os.environ.get(name, "") not in ("", "0", "1")]
+    missing = _missing_rank_variables()
+    if not names or not missing or os.environ.get("TORCHELASTIC_RUN_ID"):
+        return None
+    found = ", ".join(f"{name}={os.environ[name]}" for name in names)
+    return (
+        f"{found} is in the environment, but torchrun did not start this process ({', '.join(missing)} missing): it "
+        "does all of the work alone"
+    )
+
+
+def _missing_rank_variables() -> list[str]:
+    return [name for name in _RANK_VARIABLES if not os.environ.get(name)]
+
+
+def _number(name: str, least: int, most: int | None = None) -> int:
+    text = os.environ[name]
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least or (most is not None and int(text) > most):
+        raise RankError(
+            "A variable of this rank has an impossible value",
+            where=name,
+            expected=f"a number of at least {least}" if most is None else f"a number from {least} to {most}",
+            found=repr(text),
+            hint="start it with torchrun, or unset it to run one process",
+        )
+    return int(text)
+
+
+def is_first_rank() -> bool:
+    """Of those that torchrun started; a process alone is the first.
+
+    Raises:
+        RankError: as `rank_variables`.
+    """
+    return rank_variables().rank == 0
 
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], None]]:
-    """Context in which Ctrl-C and SIGTERM wait for a call of the function that it gives: it raises KeyboardInterrupt.
+    """Context in which Ctrl-C, SIGTERM and SIGHUP wait for a call of the function that it gives.
+
+    Raises (from the function, and at the end):
+        KeyboardInterrupt: there was such a signal.
 
     A second Ctrl-C ends the process at once; what is finished is on disk at any moment. Once one of several ranks has
     failed in here, it does not heed SIGTERM any more. Off the main thread, where no
@@ -130,7 +223,9 @@ def stoppable() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Under nohup SIGHUP is ignored, and has to stay so.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield check
     except BaseException:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4q.checkpoint.against_layout import check_routing
 from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import scan_source
@@ -62,8 +63,9 @@ def _plan(job: Job, source: Checkpoint) -> Plan:
     free = free_bytes(job.out)
     plan = make_plan(source, job.config, free_disk=free)
     disk = disk_problem(job.out, plan.estimate.disk, free)
-    gpu = gpu_problem(plan.estimate, job.gpu_memory)
-    for problem in (place_problem(job.out), disk, data_problem(job.config, job.source), gpu):
+    data, gpu = data_problem(job.config, job.source), gpu_problem(plan.estimate, job.gpu_memory)
+    routing = check_routing(source, plan.dims)
+    for problem in (*routing, place_problem(job.out), disk, data, source.holes.everywhere, gpu):
         plan = with_problem(plan, problem)
     return plan
 
@@ -79,9 +81,11 @@ def quantize(job: Job, console: Console) -> dict[str, Any]:
         plan = _plan(job, source)
         if plan.problems:
             raise first_problem(plan.problems, "the same command with --dry-run lists them all")
+        for warning in plan.warnings:
+            console.warn(warning)
         from dsv4q.run.ranks import ranks
 
-        with ranks(job.device) as here:
+        with ranks(job.device, console) as here:
             report = _quantize(job, plan, source, here, console)
     if here.is_leader:
         require_verified(job.out)
@@ -125,6 +129,8 @@ def _journal(job: Job, run: Run, identity: dict[str, Any], console: Console) -> 
     if not run.ranks.is_leader:
         return Journal.follow(job.out, run.ranks.from_leader(None))
     journal = Journal.open(job.out, identity, resume=job.resume)
+    for warning in journal.warnings:
+        console.warn(warning)
     try:
         if journal.done:
             console.talk(f"Resuming: {len(journal.done)} of {len(run.plan.blocks)} blocks are done")

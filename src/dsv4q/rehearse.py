@@ -139,7 +139,7 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> dict[str, Any] | None:
         raise first_problem(prepared.plan.problems, "`dsv4q plan` on the same config.json lists them all")
     from dsv4q.run.ranks import ranks
 
-    with ranks(rehearsal.device) as here:
+    with ranks(rehearsal.device, console) as here:
         return _rehearse(rehearsal, prepared, here, console)
 
 
@@ -165,6 +165,8 @@ def _rehearse(rehearsal: Rehearsal, prepared: Prepared, ranks: Ranks, console: C
     run = replace(run, make_writer=partial(ShardWriter, on_whole=dropping.submit))
     identity = run.identity() | {"rehearsal": True}
     journal = Journal.open(out, identity, resume=False)
+    for warning in journal.warnings:
+        console.warn(warning)
     finished = False
     try:
         ranks.from_leader(journal.done)
@@ -308,7 +310,7 @@ def _keep(rehearsal: Rehearsal, plan: Plan, report: Mapping[str, Any]) -> None:
     write_small_files(out, rehearsal.folder, plan, dict(report))
     card = (out / "README.md").read_text(encoding="utf-8")
     note = "\n## Made-up weights\n\nWritten by `dsv4q rehearse`: the model's form is real, its weights are not.\n"
-    write_atomic(out / "README.md", (card + note).encode())
+    write_atomic(out / "README.md", card + note)
 
 
 def _clean(out: Path, journal: Journal, *, there: bool, keep: bool, ended: bool) -> None:

@@ -1,4 +1,7 @@
-"""A checkpoint against the layout: exact names, dtypes and shapes, and one error for each difference of one cause."""
+"""A checkpoint against the layout: exact names, dtypes and shapes, and one error for each difference of one cause.
+
+Of the data only the tables of hash-routed layers are looked at, for they are indices.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,40 @@ def compare_with_layout(checkpoint: Checkpoint, dims: Dims) -> list[SourceError]
         (diff.shape, "of another shape", foreign),
     ):
         errors += _by_block(diff, names, kind, hint)
+    return errors
+
+
+def check_routing(checkpoint: Checkpoint, dims: Dims) -> list[SourceError]:
+    """The tables of hash-routed layers against the number of experts; reads those tables, 6 MB each at full size.
+
+    Raises:
+        SourceError: the disk fails.
+    """
+    errors = []
+    for spec in source_tensors(dims):
+        entry = checkpoint.tensors.get(spec.name)
+        if spec.dtype != "I64" or entry is None or (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+            continue
+        if not checkpoint.is_whole(spec.name):
+            continue
+        table = checkpoint.read(spec.name).cast("q")
+        wrong = sum(not 0 <= expert < dims.experts for expert in table)
+        if wrong:
+            what = "A routing table names experts that there are not"
+            found = f"{wrong:,} of {len(table):,} entries, from {min(table):,} to {max(table):,}"
+        elif not any(table) and dims.experts > 1:
+            what, found = "A routing table is nothing but zeros", f"{len(table):,} zeros"
+        else:
+            continue
+        errors.append(
+            SourceError(
+                what,
+                where=f"{checkpoint.root / entry.file}: {spec.name}",
+                expected=f"experts 0 to {dims.experts - 1:,}, as n_routed_experts in config.json has it",
+                found=found,
+                hint="download this file again, or see whether config.json belongs to it",
+            )
+        )
     return errors
 
 

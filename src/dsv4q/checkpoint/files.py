@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,15 @@ INDEX = "model.safetensors.index.json"
 REPORT = "report.json"
 PAGE = "report.html"
 
+_UNSUPPORTED = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.ENOTTY,
+}  # fmt: skip
+"""What file systems say to a call that they do not have."""
+
 AGAIN = "download this file again"
+_LFS = b"version https://git-lfs.github.com/spec/"
+POINTER_BYTES = 1024
+"""Longest Git LFS pointer, as its specification has it: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md."""
 GOES_ON = "make room, or see to the disk; then the same command goes on from there"
 
 
@@ -82,6 +91,18 @@ def read_at(handle: int, offset: int, length: int, where: Path) -> bytes:
     return bytes(memoryview(buffer)[: fill(handle, memoryview(buffer), offset, where)])
 
 
+def pointer_error(path: Path, raw: bytes) -> SourceError | None:
+    """The refusal of a file that begins with `raw`, if it is a Git LFS pointer: a text of three lines in its place."""
+    if not raw.startswith(_LFS):
+        return None
+    return SourceError(
+        "This is a Git LFS pointer, not the file that it stands for",
+        where=path,
+        found="; ".join(raw[:POINTER_BYTES].decode("ascii", "backslashreplace").splitlines()),
+        hint="`git lfs install && git lfs pull` in this folder gets the files, as `hf download` does",
+    )
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 
@@ -106,8 +127,43 @@ def write_at(handle: int, views: Iterable[memoryview], offset: int) -> None:
             left[0] = left[0][written:]
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new files in `folder` survive a power cut."""
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give what the system says of an open file the name of that file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _unless_unsupported(call: Callable[[], None]) -> str | None:
+    """Do what the file system may not have; what it says if it has not.
+
+    Raises:
+        OSError: it has, and failed.
+    """
+    try:
+        call()
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return error.strerror
+    return None
+
+
+def fsync(handle: int) -> None:
+    """Wait until the disk has what was written to a file, or go on where the file system cannot tell."""
+    _unless_unsupported(lambda: os.fsync(handle))
+
+
+def make_readable(handle: int) -> None:
+    """Give an open file the mode 0644, whatever the umask; mounted buckets have a mode for all, and keep it."""
+    _unless_unsupported(lambda: os.fchmod(handle, 0o644))
+
+
+def _fsync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -115,17 +171,48 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either whole or not there; mode 0644."""
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new files in `folder` survive a power cut, where the file system can do that."""
+    with named(folder):
+        _unless_unsupported(lambda: _fsync_folder(folder))
+
+
+def shortcomings(folder: Path, handle: int) -> list[str]:
+    """What the file system of `folder` lacks, for people; tried out on it and on an open file in it.
+
+    Raises:
+        OSError: it has something, and failed.
+    """
+    again = "after a power cut start over with --no-resume"
+    tried: dict[str, Callable[[], None]] = {
+        f"cannot make renames durable; {again}": lambda: _fsync_folder(folder),
+        f"cannot make files durable; {again}": lambda: os.fsync(handle),
+        "has file modes of its own": lambda: os.fchmod(handle, 0o644),
+    }
+    with named(folder):
+        found = {what: _unless_unsupported(call) for what, call in tried.items()}
+    return [f"{folder.parent}: this file system {what} ({said})" for what, said in found.items() if said is not None]
+
+
+def utf8(text: str) -> bytes:
+    """A text as UTF-8. What of a path is no UTF-8 becomes its escape, which in JSON is that very string."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a small file so that it is either whole or not there; a text as `utf8` has it; mode 0644."""
+    if isinstance(data, str):
+        data = utf8(data)
     partial = path.with_name(path.name + ".partial")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        try:
-            os.fchmod(handle, 0o644)
-            write_durably(handle, data)
-        finally:
-            os.close(handle)
-        os.replace(partial, path)
+        with named(path):
+            try:
+                make_readable(handle)
+                write_durably(handle, data)
+            finally:
+                os.close(handle)
+            os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
@@ -137,7 +224,7 @@ def write_durably(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
-    os.fsync(handle)
+    fsync(handle)
 
 
 def is_finished(out: Path) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.files import AGAIN, INDEX, opened, read_at
+from dsv4q.checkpoint.files import AGAIN, INDEX, opened, pointer_error, read_at
 from dsv4q.checkpoint.headers import Findings, Shard, few, shown, strict_json
 from dsv4q.errors import SourceError
 
@@ -23,10 +23,23 @@ MAX_INDEX = 256 << 20
 
 _SERIES = re.compile(r"(?P<prefix>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
 _ONE_REVISION = "download index and shards again, of one revision"
 
 MAX_CONFIG = 16 << 20
 """Longest config.json that is read, in bytes."""
+
+
+def _instead(path: Path) -> str:
+    """What to give in place of a path without a config.json."""
+    snapshots = sorted(path.glob("snapshots/*/config.json"))
+    if snapshots:
+        inside = few([str(snapshot.parent) for snapshot in snapshots])
+        return f"this is a folder of the Hugging Face cache; give a snapshot in it: {inside}"
+    if not path.exists() and _HUB_ID.fullmatch(str(path)):
+        return f"`hf download {path} --local-dir FOLDER` downloads a checkpoint; then give FOLDER"
+    return "give a checkpoint folder, or a folder or file with just a config.json"
 
 
 def load_model_config(path: Path) -> dict[str, Any]:
@@ -41,7 +54,7 @@ def load_model_config(path: Path) -> dict[str, Any]:
             raise SourceError(
                 "There is no config.json here",
                 where=file,
-                hint="give a checkpoint folder, or a folder or file with just a config.json",
+                hint=_instead(path),
             )
         size = file.stat().st_size
         if size > MAX_CONFIG:
@@ -55,6 +68,8 @@ def load_model_config(path: Path) -> dict[str, Any]:
         raw = file.read_bytes()
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
         raise SourceError("config.json cannot be read", where=path, found=error) from error
+    if (pointer := pointer_error(file, raw)) is not None:
+        raise pointer
     try:
         config = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # an integer of more than 4,300 digits is a plain ValueError
@@ -112,12 +127,17 @@ def _bad_file_name(file: str) -> str | None:
 
 
 def usable_files(files: Iterable[str], findings: Findings, named_in: str) -> list[str]:
-    """Those of `files` that stay inside the folder; the others become problems."""
-    usable, links = [], []
-    real_root = os.path.realpath(findings.root)
+    """Those of `files` that stay inside the folder; the others become problems.
+
+    What the index names must. A file or folder there may be a link to anywhere: who put it there wants it followed,
+    and the Hugging Face cache consists of such links.
+    """
+    usable = []
     for file in files:
         reason = _bad_file_name(file)
-        if reason is not None:
+        if reason is None:
+            usable.append(file)
+        else:
             findings.add(
                 "A shard's file name is refused",
                 named_in,
@@ -125,21 +145,6 @@ def usable_files(files: Iterable[str], findings: Findings, named_in: str) -> lis
                 found=f"{shown(file)}: {reason}",
                 hint="correct the index, or download the checkpoint again",
             )
-            continue
-        real = os.path.realpath(findings.root / file)
-        if os.path.commonpath([real_root, real]) == real_root:
-            usable.append(file)
-        else:
-            links.append(f"{shown(file)} -> {shown(real)}")
-    if links:
-        lead = "A symbolic link leads" if len(links) == 1 else f"{len(links)} symbolic links lead"
-        findings.add(
-            f"{lead} out of the checkpoint folder",
-            "",
-            expected="shards inside the folder",
-            found=few(links),
-            hint="make real files of them: `cp -rL FOLDER NEW_FOLDER`, or `hf download … --local-dir NEW_FOLDER`",
-        )
     return usable
 
 
@@ -187,8 +192,11 @@ def is_readable(shards: dict[str, Shard], file: str) -> bool:
     return file in shards and shards[file].readable
 
 
-def check_places(index: Index | None, shards: dict[str, Shard], findings: Findings) -> None:
-    """Each tensor lies in one shard, and index and headers say the same: no name more, no name fewer."""
+def check_places(index: Index | None, shards: dict[str, Shard], findings: Findings, warnings: Findings) -> None:
+    """Each tensor lies in one shard, and index and headers say the same: no name more, no name fewer.
+
+    A wrong `metadata.total_size` goes into the warnings, for nothing depends on it.
+    """
     holders: dict[str, list[str]] = defaultdict(list)
     for shard in shards.values():
         for name in (*shard.entries, *shard.unusable):
@@ -207,18 +215,18 @@ def check_places(index: Index | None, shards: dict[str, Shard], findings: Findin
         if file not in holders[name] and is_readable(shards, file):
             found = f"in {few([shown(f) for f in holders[name]])}" if holders[name] else "in no shard"
             findings.add("The index puts a tensor where it is not", file, tensor=name, expected="here", found=found)
-    _check_total(index, shards, findings)
+    _check_total(index, shards, warnings)
 
 
-def _check_total(index: Index, shards: dict[str, Shard], findings: Findings) -> None:
+def _check_total(index: Index, shards: dict[str, Shard], warnings: Findings) -> None:
     whole = all(is_readable(shards, file) and not shards[file].unusable for file in set(index.weight_map.values()))
     total = sum(entry.nbytes for shard in shards.values() for entry in shard.entries.values())
     # Old transformers releases wrote the number as a float, so numbers are compared, not types.
     if index.total_size is not None and whole and (isinstance(index.total_size, bool) or index.total_size != total):
-        findings.add(
+        warnings.add(
             "The index's total_size is not the size of the tensors",
             f"{INDEX}: metadata.total_size",
             expected=f"{total:,} bytes",
             found=shown(repr(index.total_size)),
-            hint=_ONE_REVISION,
+            hint="nothing depends on it; tools that add or rename tensors often leave the old number",
         )

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.files import AGAIN, opened, read_at
+from dsv4q.checkpoint.files import AGAIN, opened, pointer_error, read_at
 from dsv4q.errors import SourceError
 from dsv4q.layout import DTYPE_BYTES, Shape
 
@@ -136,6 +136,8 @@ def strict_json(raw: bytes, subject: str, file: str, findings: Findings) -> obje
     try:
         value: object = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
+        if (pointer := pointer_error(findings.root / file, raw)) is not None:
+            raise pointer from error
         what = f"{subject} is not valid JSON"
         raise SourceError(what, where=findings.root / file, found=shown(str(error)), hint=AGAIN) from error
     for key in repeated:
@@ -181,6 +183,8 @@ def _read_header(handle: int, size: int, path: Path) -> bytes:
         return SourceError(what, where=path, expected=expected, found=f"{found:,} bytes", hint=AGAIN)
 
     start = read_at(handle, 0, min(_FIRST_READ, size), path)
+    if (pointer := pointer_error(path, start)) is not None:
+        raise pointer
     if len(start) < 8:
         what = "A shard is too short to be a safetensors file"
         raise wrong(what, "at least 8 bytes of header length", len(start))

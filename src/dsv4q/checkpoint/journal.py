@@ -2,7 +2,7 @@
 
 All of it lives in `OUT/.dsv4q/`, which disappears when the artifact is finished:
 
-    lock            held with flock while a run is alive; the kernel frees it when the process dies
+    lock            held while a run is alive (see lock.py)
     journal.jsonl   first line the identity, then one line per finished block, each fsynced
     streams.*       residual streams behind the last finished block (see run/block.py)
 
@@ -11,14 +11,24 @@ A line is the last thing written for a block, after its tensors are on disk, so 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.files import INDEX, WORK, fsync_folder, is_finished, write_atomic, write_durably
+from dsv4q.checkpoint.files import (
+    INDEX,
+    WORK,
+    fsync_folder,
+    is_finished,
+    named,
+    shortcomings,
+    utf8,
+    write_atomic,
+    write_durably,
+)
+from dsv4q.checkpoint.lock import LOCK_FILES, OutputLock
 from dsv4q.errors import OutputError, ResumeError
 
 
@@ -30,10 +40,12 @@ class Journal:
         ResumeError: the journal there is of another source, config, data or version, or damaged.
     """
 
-    def __init__(self, folder: Path, lock: int | None) -> None:
+    def __init__(self, folder: Path, lock: OutputLock | None) -> None:
         self.folder = folder
         self.done: dict[str, dict[str, Any]] = {}
         """Finished block -> its record."""
+        self.warnings: list[str] = []
+        """What the file system lacks, for people."""
         self._lock = lock
 
     @classmethod
@@ -41,8 +53,10 @@ class Journal:
         """Lock `out` and read what is done; with `resume=False` forget it."""
         folder = out / WORK
         folder.mkdir(parents=True, exist_ok=True)
-        journal = cls(folder, _take_lock(folder))
+        lock = OutputLock.take(folder)
+        journal = cls(folder, lock)
         try:
+            journal.warnings = [*filter(None, [lock.warning]), *shortcomings(folder, lock.handle)]
             if is_finished(out):
                 raise OutputError(
                     "Another run has just finished the artifact in this folder",
@@ -103,22 +117,23 @@ class Journal:
     def finish_block(self, block: str, record: Mapping[str, Any]) -> None:
         """Record that `block` is on disk; its tensors must have been fsynced before."""
         entry = {"block": block, **record}
-        handle = os.open(self._file, os.O_WRONLY | os.O_APPEND)
-        try:
-            write_durably(handle, _line(entry))
-        finally:
-            os.close(handle)
+        with named(self._file):
+            handle = os.open(self._file, os.O_WRONLY | os.O_APPEND)
+            try:
+                write_durably(handle, _line(entry))
+            finally:
+                os.close(handle)
         self.done[block] = entry
 
     def remove(self) -> None:
         """Delete the work folder: the artifact is complete."""
         for path in self.folder.rglob("*"):
-            if path.is_file() and path.name != "lock":
+            if path.is_file() and path.name not in LOCK_FILES:
                 path.unlink()
         for path in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
             path.rmdir()
-        (self.folder / "lock").unlink()
-        self.folder.rmdir()
+        if self._lock is not None:
+            self._lock.remove()
         fsync_folder(self.folder.parent)
 
     @classmethod
@@ -126,7 +141,7 @@ class Journal:
         """Delete the work folder of a finished artifact, if a crash left it."""
         folder = out / WORK
         if folder.is_dir():
-            journal = cls(folder, _take_lock(folder))
+            journal = cls(folder, OutputLock.take(folder))
             try:
                 journal.remove()
             finally:
@@ -134,28 +149,11 @@ class Journal:
 
     def close(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
-
-
-def _take_lock(folder: Path) -> int:
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A run that ends between the two calls above takes its lock file away, and ours would guard nothing.
-        if os.fstat(lock).st_nlink == 0:
-            raise BlockingIOError
-    except BlockingIOError:
-        os.close(lock)
-        raise OutputError(
-            "Another run is writing into this folder",
-            where=folder.parent,
-            hint="wait for it, or choose another output folder",
-        ) from None
-    return lock
+            self._lock.release()
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+    return utf8(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

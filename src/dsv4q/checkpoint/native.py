@@ -21,9 +21,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4q.checkpoint.downloads import Holes
 from dsv4q.checkpoint.headers import Findings, TensorEntry, few
 from dsv4q.checkpoint.source import Checkpoint, require_sound, scan
 from dsv4q.errors import SourceError
@@ -136,6 +138,11 @@ class NativeCheckpoint(Checkpoint):
         where = f"{name} in {there.weight.file}, {there.scale.name} in {there.scale.file}"
         return (mxfp4_to_bf16 if there.form == MXFP4 else fp8_to_bf16)(weight, scale, where)
 
+    @cached_property
+    def holes(self) -> Holes:
+        """See `Checkpoint.holes`."""
+        return self.on_disk.holes
+
     def fingerprint(self) -> dict[str, Any]:
         """Identity of the files; see `Checkpoint.fingerprint`."""
         return self.on_disk.fingerprint()
@@ -197,6 +204,7 @@ def as_source(checkpoint: Checkpoint) -> Checkpoint:
         problems=(*checkpoint.problems, *findings.errors()),
         has_weights=checkpoint.has_weights,
         config_file=checkpoint.config_file,
+        warnings=checkpoint.warnings,
         hidden={**checkpoint.hidden, **_undecided(checkpoint, [s for s in low if s.name not in quantized])},
         on_disk=checkpoint,
         quantized=quantized,

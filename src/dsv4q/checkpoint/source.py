@@ -7,6 +7,7 @@ The index of several shards is `model.safetensors.index.json`: `weight_map` (ten
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dsv4q.checkpoint.downloads import Holes, check_downloads, find_holes
 from dsv4q.checkpoint.files import AGAIN, INDEX, fill, open_regular, read_at
 from dsv4q.checkpoint.folder import (
     check_lone_files,
@@ -31,7 +33,7 @@ from dsv4q.checkpoint.folder import (
     usable_files,
 )
 from dsv4q.checkpoint.headers import MAX_HEADER, Findings, TensorEntry, read_shard, shown
-from dsv4q.errors import SourceError, WeightError, first_problem
+from dsv4q.errors import SourceError, WeightError, command, first_problem
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import DTYPE_BYTES
 
@@ -91,6 +93,8 @@ class Checkpoint:
     has_weights: bool
     """False when the folder (or file) holds only a config.json."""
     config_file: Path
+    warnings: tuple[SourceError, ...] = ()
+    """What is odd there, but stops nothing."""
     hidden: Mapping[str, str] = field(default_factory=dict)
     """Tensors that index or headers promise, of which a problem hides dtype and shape -> the shard they are said to be
     in."""
@@ -240,8 +244,15 @@ class Checkpoint:
         """
         return self._filled([self._entry(name)], pinned=False)[0]
 
+    @cached_property
+    def holes(self) -> Holes:
+        """Data that was never written; see `downloads.find_holes`."""
+        return find_holes(self.root, (e for e in self.tensors.values() if e.file in self.files))
+
     def fingerprint(self) -> dict[str, Any]:
         """The source's identity as JSON: digests of config.json, of every shard's header and of samples of its data.
+
+        Of config.json the values count, in their order, and no white space.
 
         Samples: 16 pieces of 4 KiB spread evenly over the data, its first and last bytes among them. Two checkpoints
         of the same shapes whose tensors differ throughout (a fine-tune) differ here; a change of a few bytes between
@@ -260,7 +271,8 @@ class Checkpoint:
                 "header_sha256": hashlib.sha256(read_at(handle, 0, header, path)).hexdigest(),
                 "samples_sha256": samples.hexdigest(),
             }
-        return {"config_sha256": hashlib.sha256(self.config_file.read_bytes()).hexdigest(), "files": shards}
+        config = json.dumps(self.config, separators=(",", ":")).encode()
+        return {"config_sha256": hashlib.sha256(config).hexdigest(), "files": shards}
 
     def close(self) -> None:
         """Close the files; no read may be under way. A later read opens them again."""
@@ -303,7 +315,7 @@ def scan(path: Path) -> Checkpoint:
     config = load_model_config(path)
     if not path.is_dir():
         return Checkpoint(path.parent, config, {}, {}, (), has_weights=False, config_file=path)
-    findings = Findings(path)
+    findings, warnings = Findings(path), Findings(path)
     index = read_index(findings)
     has_index, on_disk = os.path.lexists(path / INDEX), folder_files(path)
     weight_map = {} if index is None else index.weight_map
@@ -313,9 +325,10 @@ def scan(path: Path) -> Checkpoint:
         check_strays(on_disk, promised, findings)
     elif on_disk and not has_index:
         check_lone_files(on_disk, findings)
+    check_downloads(files, findings)
     read = [read_shard(file, promise(promised[file]), findings) for file in sorted(files)]
     shards = {shard.file: shard for shard in read if shard is not None}
-    check_places(index, shards, findings)
+    check_places(index, shards, findings, warnings)
     tensors: dict[str, TensorEntry] = {}
     for shard in shards.values():  # of a tensor in two shards, the one that the index means; else the first
         tensors |= {n: e for n, e in shard.entries.items() if n not in tensors or weight_map.get(n) == shard.file}
@@ -329,6 +342,7 @@ def scan(path: Path) -> Checkpoint:
         findings.errors(),
         has_weights=bool(on_disk) or has_index,
         config_file=path / "config.json",
+        warnings=warnings.errors(),
         hidden={n: file for n, file in hidden.items() if n not in tensors},
     )
 
@@ -343,13 +357,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def require_sound(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """The checkpoint, which was found at `path`, if it has no problem.
+    """The checkpoint, which was found at `path`, if it has no problem and all of its data.
 
     Raises:
         SourceError: the first problem; its hint tells how many more there are.
     """
-    if checkpoint.problems:
-        raise first_problem(checkpoint.problems, f"`dsv4q plan {path}` shows all", _there_are)
+    problems = checkpoint.problems or checkpoint.holes.problems
+    if problems:
+        raise first_problem(problems, f"`{command('dsv4q', 'plan', path)}` shows all", _there_are)
     return checkpoint
 
 

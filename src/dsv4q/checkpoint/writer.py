@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
+from dsv4q.checkpoint.files import disk_errors, fsync, fsync_folder, make_readable, named, write_at
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
 from dsv4q.errors import OutputError
@@ -78,7 +78,7 @@ def _allocate(handle: int, size: int) -> None:
 
 def _lay_out(handle: int, shard: PlannedShard) -> None:
     """Give an open file the mode, size and header of its shard."""
-    os.fchmod(handle, 0o644)
+    make_readable(handle)
     os.truncate(handle, shard.nbytes)
     write_at(handle, [memoryview(shard.header)], 0)
 
@@ -157,7 +157,7 @@ class ShardWriter:
             written = self._written.pop(block, {})
         for file in self.to_sync({self._place[name][0].file for name in written}):
             with disk_errors("Writing a shard failed", self.out / file):
-                os.fsync(self._open[file])
+                fsync(self._open[file])
         return written
 
     def finish_blocks(self, blocks: Iterable[str]) -> list[str]:
@@ -195,7 +195,8 @@ class ShardWriter:
                 found=f"{partial.stat().st_size} bytes" if partial.is_file() else "no such file",
                 hint="start over with --no-resume",
             )
-        os.replace(partial, self.out / shard.file)
+        with named(partial):
+            os.replace(partial, self.out / shard.file)
         fsync_folder(self.out)
 
     def _partial(self, shard: PlannedShard) -> Path:

@@ -25,7 +25,9 @@ from dsv4q.data.spec import DataSpec, Wording
 from dsv4q.errors import DataError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_SAVED_DICT, _SAVED_TABLE = "dataset_dict.json", "dataset_info.json"
+_SPLIT = re.compile(r"(train|test|valid|validation|val|dev|eval)([_-].*)?")
+"""Names that tell a split from a file that is just called something."""
+_SAVED_DICT, _SAVED_TABLE, _SAVED_STATE = "dataset_dict.json", "dataset_info.json", "state.json"
 
 
 def open_rows(spec: DataSpec, base: Path | None = None) -> Rows:
@@ -111,11 +113,39 @@ def _files(path: Path, spec: DataSpec) -> list[Path]:
         raise DataError("The folder holds no data file", where=path, expected=" or ".join(FILE_TYPES))
     if spec.split is None:
         return files
-    splits = {file: {re.split(r"-\d", file.stem)[0], *file.relative_to(path).parent.parts} for file in files}
-    chosen = [file for file in files if spec.split in splits[file]]
+    chosen = [file for file in files if spec.split in _splits_of(file, path)]
     if not chosen:
-        raise _no_split(path, spec, sorted({name for names in splits.values() for name in names}))
+        raise _no_split(path, spec, sorted({name for file in files for name in _splits_of(file, path)}))
     return chosen
+
+
+def _splits_of(file: Path, folder: Path) -> set[str]:
+    """Names of splits that a data file of a folder may be of."""
+    return {re.split(r"-\d", file.stem)[0], *file.relative_to(folder).parent.parts}
+
+
+def split_of_other_data(spec: DataSpec, base: Path | None = None) -> str | None:
+    """The split to read of data that stands in for a config's: `spec.split` if the data has it; else None if there is
+    nothing to choose. Of a hub id, `spec.split`.
+
+    Raises:
+        DataError: the data is absent or unreadable, or has several splits and not this one.
+    """
+    path = _locate(spec, base)
+    if path is None:
+        return spec.split
+    names: list[str] = []
+    if _is_saved(path):
+        names = _saved_splits(path, spec.words) or []
+    elif path.is_dir():
+        files = _files(path, spec.model_copy(update={"split": None}))
+        there = {name for file in files for name in _splits_of(file, path)}
+        names = sorted(name for name in there if name == spec.split or _SPLIT.fullmatch(name))
+    if spec.split in names:
+        return spec.split
+    if len(names) > 1:
+        raise _no_split(path, spec, names)
+    return None
 
 
 def _no_split(where: str | Path, spec: DataSpec, names: Sequence[str]) -> DataError:
@@ -147,29 +177,45 @@ def _table_rows(table: Any, name: str, words: Wording) -> NumberedRows:
 
 def _is_saved(path: Path) -> bool:
     """Is this a folder that `datasets.save_to_disk` wrote?"""
-    return (path / _SAVED_DICT).is_file() or ((path / "state.json").is_file() and (path / _SAVED_TABLE).is_file())
+    return (path / _SAVED_DICT).is_file() or ((path / _SAVED_STATE).is_file() and (path / _SAVED_TABLE).is_file())
 
 
-def _check_saved(path: Path, spec: DataSpec) -> None:
-    """What load_from_disk would find, from the JSON files alone: importing `datasets` takes seconds."""
-    if (path / _SAVED_DICT).is_file():
-        parsed = read_json(path / _SAVED_DICT, spec.words)
-        names = parsed.get("splits") if isinstance(parsed, dict) else None
-        path = path / _choose_split(names if isinstance(names, list) else [], spec, path)
+def _saved_splits(path: Path, words: Wording) -> list[str] | None:
+    """Splits of a saved dictionary of tables; None for a single table."""
+    if not (path / _SAVED_DICT).is_file():
+        return None
+    parsed = read_json(path / _SAVED_DICT, words)
+    names = parsed.get("splits") if isinstance(parsed, dict) else None
+    return names if isinstance(names, list) else []
+
+
+def _check_saved(path: Path, spec: DataSpec) -> str | None:
+    """What load_from_disk would find, from the JSON files alone: importing `datasets` takes seconds.
+
+    Returns:
+        The split, where there are several.
+    """
+    names, split = _saved_splits(path, spec.words), None
+    if names is not None:
+        split = _choose_split(names, spec, path)
+        path = path / split
     parsed = read_json(path / _SAVED_TABLE, spec.words)
     features = parsed.get("features") if isinstance(parsed, dict) else None
     check_columns(list(features or ()), path, spec.words)
+    state = read_json(path / _SAVED_STATE, spec.words)
+    if isinstance(state, dict) and state.get("_data_files") == []:  # load_from_disk takes the first one's schema
+        raise empty(path, spec.words)
+    return split
 
 
 def _saved_rows(path: Path, spec: DataSpec) -> NumberedRows:
-    from datasets import DatasetDict, load_from_disk
+    from datasets import load_from_disk
 
-    _check_saved(path, spec)
+    split = _check_saved(path, spec)
     with reading(path, spec.words):
-        table = load_from_disk(str(path))
-    if isinstance(table, DatasetDict):
-        split = _choose_split(list(table), spec, path)
-        return _table_rows(table[split], f"{path} ({split})", spec.words)
+        table = load_from_disk(str(path if split is None else path / split))
+    if split is not None:
+        return _table_rows(table, f"{path} ({split})", spec.words)
     if spec.split is not None and table.split is not None and str(table.split) != spec.split:
         raise _no_split(path, spec, [str(table.split)])
     return _table_rows(table, str(path), spec.words)

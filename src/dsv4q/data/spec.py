@@ -36,7 +36,7 @@ class DataSpec(BaseModel):
         DataError: a seed below 0.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     words: ClassVar[Wording] = Wording(
         purpose="calibration",
@@ -44,7 +44,7 @@ class DataSpec(BaseModel):
         samples="calibration.samples",
         max_length="calibration.max_length",
         split="calibration.split",
-        choose_split="set calibration.split to one of those found",
+        choose_split="set calibration.split, or --split, to one of those found",
     )
 
     dataset: str

@@ -35,6 +35,7 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, THINK_END = "<think>", "</think>"
 
+ROLES = ("system", "user", "assistant")
 CHAT_MODES = ("chat", "thinking")
 
 
@@ -77,7 +78,7 @@ def _encode_message(message: Mapping[str, Any], where: str, mode: str) -> str:
     if not isinstance(message, Mapping):
         raise DataError("This is not a message", where=where, expected="{role, content}", found=repr(message)[:120])
     role, content, thought = message.get("role"), message.get("content"), message.get("reasoning_content")
-    if role not in ("system", "user", "assistant"):
+    if role not in ROLES:
         raise DataError(
             "A message has an unknown role",
             where=f"{where}.role",
@@ -201,7 +202,7 @@ def _pack(conversations: _Conversations, spec: DataSpec) -> Iterator[array[int]]
 
 
 class _Conversations:
-    """Token ids of each conversation, in shuffled order; rows with blank `text` are passed over."""
+    """Token ids of each conversation, in shuffled order; rows with nothing but blank text are passed over."""
 
     def __init__(self, rows: Rows, spec: DataSpec, tokenizer: Tokenizer) -> None:
         self.rows, self.spec, self.tokenizer = rows, spec, tokenizer
@@ -231,20 +232,33 @@ def _row_text(row: object, where: str, mode: str, words: Wording) -> str:
     """Text of a row with its special tokens; empty if the row has nothing but blank text."""
     if not isinstance(row, Mapping):
         raise DataError("A row is not an object", where=where, expected="messages or text", found=repr(row)[:120])
-    if row.get("messages") is not None:
+    check_columns(list(row), where, words)
+    messages, plain = row.get("messages"), row.get("text")
+    if messages is not None:
         try:
-            text = encode_chat(row["messages"], mode)
+            text = "" if _is_blank(messages) else encode_chat(messages, mode)
         except DataError as error:
             raise error.but(where=f"{where}: {error.where}") from error.__cause__
     else:
-        check_columns(list(row), where, words)
-        plain = row.get("text")
+        plain = "" if plain is None and "messages" in row else plain
         if not isinstance(plain, str):
             raise DataError("A row has no text", where=f"{where}: text", expected="a string", found=repr(plain)[:120])
         text = f"{BOS}{plain}{EOS}" if plain.strip() else ""
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise DataError("A row has half a surrogate pair in its text", where=where, expected="valid Unicode")
     return text
+
+
+def _is_blank(messages: object) -> bool:
+    """Whether a conversation has no message, or nothing but blank ones."""
+    return isinstance(messages, list) and all(
+        isinstance(m, Mapping)
+        and m.get("role") in ROLES
+        and not m.get("reasoning_content")
+        and isinstance(m.get("content"), str)
+        and not m["content"].strip()
+        for m in messages
+    )
 
 
 def _check_ids(samples: Sequence[array[int]], vocab_size: int) -> None:

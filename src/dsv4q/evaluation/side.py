@@ -18,7 +18,7 @@ from dsv4q.checkpoint.against_layout import draft_kind
 from dsv4q.checkpoint.headers import few
 from dsv4q.checkpoint.native import NativeCheckpoint, open_source
 from dsv4q.checkpoint.source import Checkpoint, require_weights
-from dsv4q.errors import CalibrationError, SourceError
+from dsv4q.errors import CalibrationError, SourceError, command
 from dsv4q.evaluation.emulate import Quantizer, quantizer, shares_input_scale
 from dsv4q.evaluation.experts import RoundedExperts
 from dsv4q.evaluation.pieces import Loaded, Piece, SideTensor, pieces
@@ -274,7 +274,7 @@ def _schemes(checkpoint: Checkpoint, dims: Dims) -> tuple[dict[str, StoredScheme
             "The quantization_config says of no linear how it is stored",
             where=checkpoint.config_file,
             found=log.differences[0].text() if log.differences else "no target matches",
-            hint=f"dsv4q verify-shards {checkpoint.root} names everything that is wrong",
+            hint=f"{command('dsv4q', 'verify-shards', checkpoint.root)} names everything that is wrong",
         )
     return schemes, log
 
@@ -302,7 +302,7 @@ def _require_tensors(side: Side, log: Log) -> None:
         where=side.checkpoint.root,
         expected="every tensor of the model, as config.json describes it",
         found=f"{len(wrong):,} are not: {few(wrong)}{about}",
-        hint=f"dsv4q verify-shards {side.checkpoint.root} names them all",
+        hint=f"{command('dsv4q', 'verify-shards', side.checkpoint.root)} names them all",
     )
 
 

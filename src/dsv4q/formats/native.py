@@ -14,6 +14,7 @@ prove that for a whole tensor at once; only a tensor with a scale near the ends 
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -141,19 +142,23 @@ def decode_into(weight: Tensor, scale: Tensor, out: Tensor) -> None:
 
 
 @torch.no_grad()
-def doubtful(weight: Tensor, scale: Tensor) -> Tensor:
-    """Which of T weights may stand for something that BF16 does not hold, as far as exponents tell; Bool [T].
+def doubtful(weight: Tensor, scale: Tensor, largest: float = math.inf) -> Tensor:
+    """Which of T weights need a closer look, as far as exponents tell; Bool [T].
 
-    `mxfp4_to_bf16` and `fp8_to_bf16` refuse none of the others. Arguments as of `decode_into`; waits for no device.
+    None of the others holds what BF16 does not, which `mxfp4_to_bf16` and `fp8_to_bf16` refuse, or a magnitude above
+    `largest`, or nothing but zeros. Arguments as of `decode_into`; waits for no device.
     """
     is_fp8 = weight.dtype == torch.float8_e4m3fn
     codes, (low, high) = _codes(scale), _SAFE_FP8 if is_fp8 else _SAFE_MXFP4
+    if math.isfinite(largest):  # E4M3 stays below 2^9, E2M1 below 2^3
+        high = min(high, E8M0_BIAS + math.floor(math.log2(largest)) - (9 if is_fp8 else 3))
     bad = ((codes < low) | (codes > high)).flatten(1).any(dim=1)
     if scale.dtype == torch.float32:
         bad |= _is_no_power_of_two(scale).flatten(1).any(dim=1)
     if is_fp8:
         bad |= torch.stack([_is_nan(one).any() for one in weight])
-    return bad
+    first_row = weight[:, 0].contiguous().view(torch.uint8)
+    return bad | ~(first_row & (0x7F if is_fp8 else 0x77)).any(dim=1)
 
 
 def _check(scale: Tensor, shape: tuple[int, ...]) -> None:

@@ -68,6 +68,8 @@ class Plan(ShardPlan):
     estimate: Estimate
     free_disk: int | None
     problems: tuple[Dsv4qError, ...]
+    warnings: tuple[Dsv4qError, ...] = ()
+    """What deserves attention but stops nothing."""
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
@@ -110,6 +112,7 @@ class Plan(ShardPlan):
                 "streams_kept": self.estimate.streams_kept,
             },
             "problems": [p.as_dict() for p in self.problems],
+            "warnings": [w.as_dict() for w in self.warnings],
         }
 
 
@@ -153,6 +156,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     problems += misfits
     problems += _unread_by_the_consumer(config)
     problems += _unbounded_inputs(tensors, config)
+    problems += checkpoint.holes.problems
     shards = balanced_shards(tensors, config.output.shards)
     files = SourceFiles.of(checkpoint, specs)
     packed = _experts_packed(checkpoint, specs, config, selection.group_of)
@@ -172,6 +176,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         estimate=needs,
         free_disk=free_disk,
         problems=tuple(problems),
+        warnings=(*checkpoint.warnings, *checkpoint.holes.warnings),
     )
 
 

@@ -49,7 +49,7 @@ def write_plain_files(
 ) -> None:
     """`write_small_files` of a plain checkpoint: every small file of the source, and `config` as config.json."""
     _carry(out, source, dict.fromkeys([*carried_files(source), *_other_files(source)]))
-    write_atomic(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     _write_last(out, plan, report)
 
 
@@ -64,8 +64,8 @@ def _other_files(source: Path) -> list[Path]:
 
 
 def _write_last(out: Path, plan: ShardPlan, report: Mapping[str, Any]) -> None:
-    write_atomic(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
-    write_atomic(out / INDEX, index_text(plan).encode())
+    write_atomic(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / INDEX, index_text(plan))
 
 
 def _carry(out: Path, source: Path, names: Iterable[Path]) -> None:
@@ -76,9 +76,9 @@ def _carry(out: Path, source: Path, names: Iterable[Path]) -> None:
 
 def _write_plan_files(out: Path, source: Path, plan: Plan) -> None:
     recipe = yaml.safe_dump(plan.config.library_recipe(), sort_keys=False, allow_unicode=True, width=100)
-    write_atomic(out / "recipe.yaml", recipe.encode())
-    write_atomic(out / "README.md", model_card(plan, source).encode())
-    write_atomic(out / "config.json", artifact_config_text(plan).encode())
+    write_atomic(out / "recipe.yaml", recipe)
+    write_atomic(out / "README.md", model_card(plan, source))
+    write_atomic(out / "config.json", artifact_config_text(plan))
 
 
 def write_skeleton(out: Path, source: Path, plan: Plan) -> None:
@@ -98,4 +98,4 @@ def write_skeleton(out: Path, source: Path, plan: Plan) -> None:
     folder = source if source.is_dir() else source.parent
     _carry(out, folder, carried_files(folder))
     _write_plan_files(out, folder, plan)
-    write_atomic(out / INDEX, index_text(plan).encode())
+    write_atomic(out / INDEX, index_text(plan))

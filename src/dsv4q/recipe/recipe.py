@@ -47,6 +47,13 @@ def library_recipe(groups: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[
     return {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
 
 
+_PLAINLY = {
+    "bool_type": "true or false", "int_type": "an integer", "float_type": "a number", "string_type": "a text",
+    "missing": "this key", "model_type": "a mapping of keys", "dict_type": "a mapping of keys",
+}  # fmt: skip
+"""Types of pydantic's errors -> what would have been right, in words of YAML."""
+
+
 def explain(error: ValidationError, where: str, document: str, keys: str) -> dict[str, str]:
     """First problem of a pydantic error as arguments of a Dsv4qError, the number of the others in the hint.
 
@@ -63,7 +70,9 @@ def explain(error: ValidationError, where: str, document: str, keys: str) -> dic
         details |= {"what": f"Unknown key in the {document}", "expected": keys}
     else:
         expected = first["msg"].removeprefix("Value error, ")
-        details |= {"what": f"Wrong value in the {document}: {key}", "expected": expected}
+        details |= {"what": f"Wrong value in the {document}: {key}", "expected": _PLAINLY.get(first["type"], expected)}
+        if isinstance(first["input"], bool):
+            details["found"] += ", which YAML makes of yes, no, on and off too"
     if error.error_count() > 1:
         details["hint"] = f"{error.error_count() - 1} more problem(s) in this config"
     return details

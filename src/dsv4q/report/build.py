@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.console import Console, human_bytes, human_seconds
+from dsv4q.errors import WeightError
 from dsv4q.formats.error import Errors
 from dsv4q.host import peak_memory
 from dsv4q.plan.plan import Plan
@@ -44,6 +45,7 @@ def build_report(
         "format": FORMAT,
         "artifact": plan.as_dict()["artifact"],
         "source": plan.as_dict()["source"],
+        "warnings": [warning.as_dict() for warning in (*plan.warnings, *_lost(blocks))],
         "calibration": None if data is None else _calibration(plan, data),
         "activations": plan.config.activations.model_dump(mode="json"),
         "errors": _errors(blocks),
@@ -78,6 +80,21 @@ def _ranks(blocks: Sequence[Mapping[str, Any]], peaks: Sequence[Mapping[str, int
         total.micro_batches = max(total.micro_batches, part["micro_batches"])
     known = dict(enumerate(peaks))
     return [one.as_dict() | {"peak_memory": dict(known.get(one.rank, {}))} for one in found]
+
+
+def _lost(blocks: Sequence[Mapping[str, Any]]) -> list[WeightError]:
+    """Weights that their own scales erase."""
+    return [
+        WeightError(
+            "Most of a weight is stored as zero",
+            where=name,
+            expected="a source without a value that is far beyond the others under its scale",
+            found=f"{share:.1%} of it became zero",
+            hint="see the source's shard: compare its SHA-256 with the publisher's",
+        )
+        for block in blocks
+        for name, share in block.get("lost", {}).items()
+    ]
 
 
 def _block_seconds(block: Mapping[str, Any]) -> float:
@@ -126,6 +143,8 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
     for role, e in report["errors"].items():
         console.print(f"{role}s: {exactness(e)}")
     _show_inputs(report, console)
+    for warning in report["warnings"]:
+        console.warn(f"{warning['what']}: {warning['where']}: {warning['found']}")
     artifact, peak = report["artifact"], report["peak_memory"]
     console.print(
         f"{artifact['tensors']:,} tensors, {artifact['mtp_tensors']} of them mtp.*, "

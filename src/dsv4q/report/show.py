@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.console import Console, Mode, human_bytes
+from dsv4q.host import stoppable
 from dsv4q.plan.needs import CUDA_BYTES, GpuUse
 from dsv4q.plan.plan import Plan
 
@@ -78,6 +81,8 @@ def show_plan(plan: Plan, console: Console, gpu_memory: int | None = None) -> No
     console.print(
         f"data       {needs['calibration_tokens']:,} calibration tokens{streams if needs['streams_bytes'] else ''}"
     )
+    for warning in plan.warnings:
+        console.warn(warning)
     if not plan.problems:
         console.print("problems   none")
     for problem in plan.problems[:SHOWN]:
@@ -124,6 +129,25 @@ def _there(entry: dict[str, int] | None) -> list[str]:
 
 def _span(blocks: list[str]) -> str:
     return blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
+
+
+@contextmanager
+def verifying(console: Console, artifact: Path, *, reads: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of a verification: call with a label, bytes done and bytes in all.
+
+    Args:
+        reads: the data is read, not only headers.
+    """
+    nbytes = sum(p.stat().st_size for p in artifact.glob("*.safetensors")) if reads and artifact.is_dir() else 0
+    with stoppable() as check_stop, console.progress("verifying", nbytes) as bar:
+
+        def progress(label: str, now: int, total: int) -> None:
+            check_stop()
+            bar.total = total
+            bar.describe(label)
+            bar.advance(now - bar.done)
+
+        yield progress
 
 
 def show_verification(result: VerifyResult, console: Console) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv4q.config import Config
+from dsv4q.config import Config, with_dataset
+from dsv4q.data.rows import split_of_other_data
 from dsv4q.data.spec import Calibration
 from dsv4q.data.tokens import CalibrationData, check_data, load_calibration, load_tokenizer
 from dsv4q.errors import DataError
@@ -17,6 +18,31 @@ def data_wanted(config: Config, source: Path) -> tuple[Calibration, Path] | None
         return None
     here = Path.cwd()
     return wanted, here if (here / wanted.dataset).exists() else source
+
+
+def with_other_data(config: Config, source: Path, dataset: str | None, split: str | None) -> Config:
+    """The same config on the data that the command line names; None: as the config has it.
+
+    The config's split stays where the other data has it too.
+
+    Raises:
+        ConfigError: the config calibrates nothing.
+        DataError: as `split_of_other_data`.
+    """
+    if dataset is None and split is None:
+        return config
+    before = config.calibration
+    name = dataset or (before.dataset if before else "")
+    changed = with_dataset(config, name, split or (before.split if before else None))
+    wanted = data_wanted(changed, source)
+    if wanted is None or split is not None:
+        return changed
+    try:
+        return with_dataset(changed, name, split_of_other_data(*wanted))
+    except DataError:
+        if not (wanted[1] / name).exists():
+            return changed  # the plan says where it was looked for
+        raise
 
 
 def data_problem(config: Config, source: Path) -> DataError | None:

@@ -5,7 +5,6 @@ What no forward pass and no encoder wants (embedding, head, MTP block) goes stra
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,11 @@ import torch
 
 from dsv4q.checkpoint.pipes import Stopped, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.errors import WeightError
 from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
 from dsv4q.layout import Role, TensorSpec
 from dsv4q.plan.work import TensorWork
 from dsv4q.run.memory import ExpertMemory
+from dsv4q.run.values import are_usual, check_values
 
 READ_THREADS = 8
 """A GPU needs its bytes faster than one thread copies them out of the page cache (2.2 s a block; 0.41 s with 8)."""
@@ -72,7 +71,7 @@ class LoadedBlock:
     experts: list[TensorSpec] = field(default_factory=list)
     """Weights of routed experts that are, or will be once the ranks have exchanged theirs, in `memory`."""
     checked: list[tuple[list[TensorSpec], torch.Tensor]] = field(default_factory=list)
-    """Which of the tensors that this rank has read are finite beyond doubt: Bool [n], on the device."""
+    """Which of the tensors that this rank has read need no closer look: Bool [n], on the device."""
     ready: torch.cuda.Event | None = None
     read_bytes: int = 0
     """Read from the source's files for it."""
@@ -90,7 +89,7 @@ class LoadedBlock:
                 tensor.record_stream(stream)
 
     def check_finite(self, where: Callable[[TensorSpec], str]) -> None:
-        """Refuse NaN and Inf; `where` names a tensor for people.
+        """Refuse NaN, Inf and what `check_values` does; `where` names a tensor for people.
 
         Raises:
             WeightError: the first tensor that has one, or that is packed and stands for no number.
@@ -100,21 +99,7 @@ class LoadedBlock:
         specs = [spec for part, _ in self.checked for spec in part]
         fine = torch.cat([fine for _, fine in self.checked]).tolist()
         for spec in (spec for spec, good in zip(specs, fine, strict=True) if not good):
-            tensor = self.source.tensor(spec.name)  # it may be gone from the device
-            if not bool(torch.isfinite(tensor).all()):
-                raise _not_finite(tensor, where(spec))
-
-
-def _not_finite(tensor: torch.Tensor, where: str) -> WeightError:
-    bad = (~torch.isfinite(tensor)).reshape(-1).nonzero()
-    return WeightError(
-        "A source tensor has NaN or Inf",
-        where=where,
-        expected="finite values",
-        found=f"{len(bad)} of {tensor.numel()} values, the first at element {int(bad[0])}",
-        hint="get this shard again; finished blocks are kept, and the same command resumes unless the repaired "
-        "file looks like another source, in which case --no-resume starts over",
-    )
+            check_values(spec, self.source.tensor(spec.name), where)  # it may be gone from the device
 
 
 @dataclass
@@ -182,9 +167,8 @@ class Loader:
         if work.computed and on_gpu:
             return self._pinned(spec)
         tensor = self.source.tensor(spec.name)
-        ends = torch.aminmax(tensor) if not work.computed and tensor.is_floating_point() else ()
-        if not all(math.isfinite(float(end)) for end in ends):
-            raise _not_finite(tensor, self.where(spec))
+        if not work.computed and tensor.is_floating_point() and not bool(are_usual(_ends(tensor))):
+            check_values(spec, tensor, self.where)
         return (tensor,)
 
     def _pinned(self, spec: TensorSpec) -> tuple[torch.Tensor, ...]:
@@ -252,8 +236,13 @@ class Loader:
             return
         block.tensors[spec] = there = self._decoded(spec, parts)
         if there.is_floating_point():
-            block.checked.append(([spec], torch.isfinite(torch.stack(torch.aminmax(there))).all()[None]))
+            block.checked.append(([spec], are_usual(_ends(there))))
 
     def _decoded(self, spec: TensorSpec, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         moved = [part.to(self.device, non_blocking=True) for part in parts]
         return self.source.decoded(spec.name, moved) if len(moved) > 1 else moved[0]
+
+
+def _ends(tensor: torch.Tensor) -> torch.Tensor:
+    """[1, 2], smallest and largest element."""
+    return torch.stack(torch.aminmax(tensor))[None]

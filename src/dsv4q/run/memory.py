@@ -26,6 +26,7 @@ from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.native import decode_into, doubtful
 from dsv4q.layout import Dims, TensorSpec
 from dsv4q.run.ranks import Ranks
+from dsv4q.run.values import LARGEST, are_usual
 
 PROJECTIONS = {"w1": ("gate_up", 0), "w3": ("gate_up", 1), "w2": ("down", 0)}
 """Projection -> stack and place in its second dimension. w1 and w3 lie side by side: they share a global scale."""
@@ -98,7 +99,7 @@ class ExpertMemory(ABC):
 
     @abstractmethod
     def fine(self, specs: Sequence[TensorSpec]) -> Tensor:
-        """Which of the placed weights are finite numbers beyond doubt; Bool [len(specs)] on the device."""
+        """Which of the placed weights need no closer look, see `check_values`; Bool [len(specs)] on the device."""
 
     @abstractmethod
     def _places(self, spec: TensorSpec) -> list[Tensor]:
@@ -168,8 +169,7 @@ class WideExperts(ExpertMemory):
         ends = {
             name: torch.stack(torch.aminmax(stack.flatten(2), dim=-1), dim=-1) for name, stack in self._stacks.items()
         }
-        finite = {name: torch.isfinite(both.to(torch.float32)).all(dim=-1) for name, both in ends.items()}
-        return _of(finite, specs)
+        return _of({name: are_usual(both.flatten(0, 1)).view(both.shape[:2]) for name, both in ends.items()}, specs)
 
 
 @dataclass
@@ -236,10 +236,10 @@ class PackedExperts(ExpertMemory):
                 ranks.exchange(part.view(torch.uint8))
 
     def fine(self, specs: Sequence[TensorSpec]) -> Tensor:
-        doubts = {
-            stack: doubtful(*(part.flatten(0, 1) for part in stored)).unflatten(0, (self.experts, -1))
-            for stack, stored in self._stored.items()
-        }
+        doubts = {}
+        for stack, stored in self._stored.items():
+            weight, scale = (part.flatten(0, 1) for part in stored)
+            doubts[stack] = doubtful(weight, scale, LARGEST).unflatten(0, (self.experts, -1))
         return ~_of(doubts, specs)
 
 

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsv4q.console import Console
 from dsv4q.errors import DeviceError, RankError
+from dsv4q.host import RankVariables, leftover_ranks, rank_variables
 from dsv4q.plan.work import ALONE, Share
 
 _TIMEOUT = timedelta(hours=2)
@@ -150,7 +152,7 @@ def _talking(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def ranks(device: str) -> Iterator[Ranks]:
+def ranks(device: str, console: Console) -> Iterator[Ranks]:
     """The ranks that torchrun started, or one alone. Ends the groups on exit.
 
     Args:
@@ -158,29 +160,36 @@ def ranks(device: str) -> Iterator[Ranks]:
 
     Raises:
         DeviceError: torch was built without torch.distributed.
-        RankError: the ranks do not find each other.
+        RankError: the ranks do not find each other; a variable of theirs is missing or impossible.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    here = rank_variables()
+    if here.count == 1:
+        leftover = leftover_ranks()
+        if leftover is not None:
+            console.warn(leftover)
         yield Ranks()
         return
     if not dist.is_available():
         raise DeviceError("This torch has no torch.distributed", where="torchrun", found=torch.__version__)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    waits = f"Rank {here.rank} of {here.count} waits at {here.meet} for the others"
+    if here.by_torchrun:
+        console.talk(waits)
+    else:  # whoever set these variables may not know that there are no others
+        Console().talk(f"{waits}: RANK, WORLD_SIZE and MASTER_ADDR are set; unset them to run one process")
     # Its functions take the default group of the moment of their import as a default argument, and would hold it.
     importlib.import_module("torch.distributed.nn")
     with _talking("finding the others"):
-        dist.init_process_group(backend=_backend(device), timeout=_TIMEOUT)
+        dist.init_process_group(backend=_backend(device, here), timeout=_TIMEOUT)
         groups = {name: dist.new_group(backend="gloo", timeout=_TIMEOUT) for name in ("ahead", "behind")}
     try:
-        yield Ranks(Share(dist.get_rank(), count), local, groups)
+        yield Ranks(Share(dist.get_rank(), here.count), here.local_rank, groups)
     finally:
         # A group that somebody refers to lives until the interpreter ends, where its threads may abort the process.
         groups.clear()
         dist.destroy_process_group()
 
 
-def _backend(device: str) -> str:
+def _backend(device: str, here: RankVariables) -> str:
     """NCCL where every rank of this machine has a GPU of its own; it refuses to share one, gloo does not."""
-    own = 0 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    own = here.local_count <= torch.cuda.device_count()
     return "cpu:gloo,cuda:nccl" if device != "cpu" and own else "gloo"

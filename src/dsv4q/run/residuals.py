@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dsv4q.checkpoint.files import disk_errors, fsync_folder, write_at
+from dsv4q.checkpoint.files import disk_errors, fsync, fsync_folder, write_at
 from dsv4q.checkpoint.pipes import Behind, loaded_ahead
 from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.plan.needs import STREAMS_IN_MEMORY
@@ -164,7 +164,7 @@ class ResidualStreams:
         with _opened(path, write=True) as file, disk_errors("Saving the residual streams failed", path):
             for number, streams in held.items():
                 self._write(file, number, streams, path)
-            os.fsync(file)
+            fsync(file)
         fsync_folder(self.folder)
 
     def drop_before(self, block: str, blocks: Sequence[str]) -> None:

@@ -51,11 +51,14 @@ class Run:
     begin: float = field(default_factory=time.time)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the artifact."""
+        """Everything that decides the bytes of the artifact. Of data that are its tokens, not where they lay."""
         import torch
 
+        config = self.plan.config.canonical()
+        if config["calibration"] is not None:
+            config["calibration"] = {k: v for k, v in config["calibration"].items() if k not in ("dataset", "split")}
         return {
-            "config": self.plan.config.canonical(),
+            "config": config,
             "source": self.source.fingerprint(),
             "data": None if self.data is None else {"digest": self.data.digest, "tokens": self.data.tokens},
             "device": self.device.type,

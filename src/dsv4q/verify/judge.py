@@ -30,7 +30,7 @@ from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.pipes import loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.errors import SourceError, VerificationFailed
+from dsv4q.errors import SourceError, VerificationFailed, command
 from dsv4q.host import usable_device
 from dsv4q.layout import Dims
 from dsv4q.verify.case import Case, Contract
@@ -121,7 +121,7 @@ def require_verified(out: Path) -> VerifyResult:
             where=f"{first.tensor or ''} {first.file or ''}".strip() or out,
             expected=first.expected,
             found=first.found,
-            hint=f"dsv4q verify-shards {out} lists all; if it has only just been made, please report this",
+            hint=f"{command('dsv4q', 'verify-shards', out)} lists all; if it was only just made, please report this",
         )
     return result
 

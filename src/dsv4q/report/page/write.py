@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4q.checkpoint.files import PAGE, write_atomic
+from dsv4q.checkpoint.files import PAGE, utf8, write_atomic
 from dsv4q.errors import OutputError, SourceError
 from dsv4q.report.page.inputs import read_inputs
 from dsv4q.report.page.page import GENERATOR, build_page
@@ -70,7 +70,7 @@ def write_report(request: PageRequest, progress: Callable[[str, int, int], None]
             raise
         found = Gap(f"When this page was made: {error.what} ({error.where})")
     page, gaps = build_page(read_inputs(request.artifact, found, request.saved))
-    data = page.encode()
+    data = utf8(page)
     write_atomic(out, data)
     return Written(out, len(data), gaps, checked)
 
