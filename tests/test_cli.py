@@ -21,7 +21,7 @@ import pytest
 import typer
 
 from dsv4q.__main__ import main
-from dsv4q.cli import app
+from dsv4q.cli.app import app
 from runs import CONFIGS, finished_files
 
 TOY = str(CONFIGS / "toy.yaml")

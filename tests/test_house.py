@@ -235,8 +235,8 @@ def hidden_imports(house: House) -> Iterator[str]:
             if not i.is_ours:
                 is_fine = i.library in HEAVY
             else:
-                # a story in cli.py, or what brings a heavy library that this module does not bring itself
-                is_story = name == "cli" and i.target in _STORIES
+                # a story in cli/, or what brings a heavy library that this module does not bring itself
+                is_story = name.startswith("cli.") and i.target in _STORIES
                 is_fine = is_story or not house.heavy[i.target] <= house.heavy[name]
             if not is_fine:
                 yield f"{i.where}: {i.target} inside a function"
@@ -380,7 +380,7 @@ FINE = {
     "model/__init__.py": "",
     "model/upstream.py": "import transformers\ntransformers.x = 1\n",
     "quantize.py": "from dsv4q.checkpoint.writer import Refused\n",
-    "cli.py": "import sys\ndef main():\n    from dsv4q import quantize\n    setattr(sys, 'stdout', None)\n",
+    "cli/app.py": "import sys\ndef main():\n    from dsv4q import quantize\n    setattr(sys, 'stdout', None)\n",
 }
 
 

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from dsv4q.cli import app
+from dsv4q.cli.app import app
 from dsv4q.console import Console, Mode, Running, open_standard_streams
 from dsv4q.errors import DiskError, Dsv4qError, Interrupted
 
