@@ -49,6 +49,31 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Alone:
+    """Called on a thread: torch computes on that thread alone from now on. Threads made elsewhere are as before."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._lock, self._usual = threading.Lock(), torch.get_num_threads()
+
+    def __call__(self) -> None:
+        import torch
+
+        with self._lock:
+            torch.get_num_threads()  # or this thread would take the number for all when it first computes
+            # The number is that of the calling thread and of all threads that have not computed yet: put that back.
+            torch.set_num_threads(1)
+            other = threading.Thread(target=torch.set_num_threads, args=(self._usual,))
+            other.start()
+            other.join()
+
+
 def memory_now(device: torch.device) -> dict[str, int]:
     """Bytes: `host`, resident; on a GPU also `gpu`, what torch has allocated on `device`."""
     found = {"host": _resident()}

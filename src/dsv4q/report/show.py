@@ -115,8 +115,14 @@ def show_verification(result: VerifyResult, console: Console) -> None:
     verdict = "as it must be" if result.ok else f"{len(result.differences):,} difference(s)"
     console.print(
         f"{result.artifact}: {kind}{result.tensors:,} tensors, {result.mtp_tensors} of them mtp.*, "
-        f"in {result.shards} shards, {human_bytes(result.bytes)}: {verdict}"
+        f"in {result.shards} shards, {human_bytes(result.bytes)}: {verdict}{_speed(result)}"
     )
+
+
+def _speed(result: VerifyResult) -> str:
+    if not result.bytes_read:
+        return ""
+    return f"; {human_bytes(result.bytes_read)} read at {result.bytes_read / result.seconds / 1e9:.2f} GB/s"
 
 
 def show_differences(differences: Sequence[Mapping[str, str | None]], console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -121,6 +121,17 @@ class Case:
     rounded: set[str] = field(default_factory=set)
     """Groups of which a whole batch was not exact; their other linears are judged one by one at once."""
 
+    def apart(self) -> Case:
+        """The same case with nothing found out yet: for another thread."""
+        return replace(self, log=Log(), errors=defaultdict(ClassErrors))
+
+    def take(self, other: Case) -> None:
+        """Add what has been found out apart."""
+        self.log.differences += other.log.differences
+        self.log.checks.update(other.log.checks)
+        for role, errors in other.errors.items():
+            self.errors[role].merge(errors)
+
     def differs(self, check: str, name: str, expected: str, found: str) -> None:
         """Log a difference of one tensor."""
         file = self.sound[name].file if name in self.sound else None
@@ -147,11 +158,13 @@ class ValueCheck(Protocol):
     """What the progress bar says meanwhile."""
     size: int
     """Bytes of the artifact that it deals with."""
+    read: int
+    """Bytes that it reads, of the artifact and of the source as it lies on disk."""
     memory: int
-    """Bytes that it holds between `load` and the end of `judge`."""
+    """Bytes that it holds between the begin of `load` and the end of `judge`."""
 
     def load(self) -> None:
-        """Read, and compare what the host compares."""
+        """Read, and judge what the host judges."""
 
     def judge(self) -> None:
         """Say what is wrong."""

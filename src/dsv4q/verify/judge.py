@@ -12,8 +12,8 @@ A checkpoint without quantization_config is plain: every tensor of the layout in
 There is one judge. `verify` feeds it all shards at once, so that differences are told in the order of the layout and a
 linear may lie in several shards; `rehearse` feeds it each shard as it becomes whole, and deletes it.
 
-Headers are judged without torch. Values are read, moved and compared a few at a time while one is judged, so memory is
-`pipes.BUDGET` and the temporaries of one linear, or one tensor where a single one is larger.
+Headers are judged without torch. Values are read by one thread for each core. For a GPU these read ahead, and memory is
+`pipes.BUDGET` and the temporaries of one linear; on a CPU each judges what it has read, in `THREAD_BYTES`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.native import scan_source
-from dsv4q.checkpoint.pipes import loaded_ahead
+from dsv4q.checkpoint.pipes import BUDGET, THREADS, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError, VerificationFailed
-from dsv4q.host import usable_device
+from dsv4q.host import Alone, cores, usable_device
 from dsv4q.layout import Dims
 from dsv4q.verify.case import Case, Contract
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["Difference", "Judge", "VerifyResult", "require_verified", "verify", "verify_headers"]
 
 _COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+
+THREAD_BYTES = 256 << 20
+"""What a thread holds that reads and judges on a CPU."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, bytes done, bytes in all."""
@@ -103,6 +106,7 @@ def verify(
         checks=dict(log.checks),
         differences=tuple(log.differences),
         errors={role: stats.as_dict() for role, stats in judge.case.errors.items()},
+        bytes_read=judge.bytes_read,
         seconds=time.monotonic() - begin,
     )
 
@@ -163,6 +167,8 @@ class Judge:
         artifact = Checkpoint(root, dict(contract.config), {}, {}, (), True, root / "config.json")
         self.case = Case(contract, artifact, source, deep, log, device)
         self.shards, self.tensors, self.mtp_tensors, self.nbytes = 0, 0, 0, 0
+        self.bytes_read = 0
+        """Of values: of the artifact, and of the source as it lies on disk."""
         self._owed = dict.fromkeys(contract.tensors)
         self._split = set(contract.schemes)
         """Quantized linears that no shard so far held as a whole."""
@@ -294,10 +300,16 @@ class Judge:
             self._values = ValueChecks(self.case, quick=self.quick)
         total, done = sum(self.case.sound[name].nbytes for name in names), 0
         checks = self._values.of(names)
-        with self.case.artifact, loaded_ahead(checks, lambda one: one.load(), lambda one: one.memory) as loaded:
+        threads = THREADS if self.quick else max(THREADS, cores())
+        room = BUDGET if self.quick or self.case.device.type != "cpu" else threads * THREAD_BYTES
+        ahead = loaded_ahead(
+            checks, lambda one: one.load(), lambda one: one.memory, budget=room, threads=threads, begin=Alone()
+        )
+        with self.case.artifact, ahead as loaded:
             for check, _ in loaded:
                 check.judge()
                 done += check.size
+                self.bytes_read += check.read
                 if progress is not None:
                     progress(check.label, done, total)
         if progress is not None and done < total:  # linears that are not whole are not judged

@@ -5,16 +5,18 @@ grids that `bounds.py` knows. Of every other format it is demanded that the erro
 a grid that has zero, rounded to nearest, cannot be farther off, and another expert's weight is so by a factor of
 sqrt(2). What passes nevertheless is a scale wrong by a small factor, encoded anew.
 
-Memory: one linear at a time is judged, with its source as F32 and some temporaries of that size; the next are loaded.
+Memory: a GPU judges one linear at a time, with its source as F32 and some temporaries of that size, while the next are
+loaded. On a CPU each thread judges one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from dsv4q.checkpoint.native import entries_of
 from dsv4q.formats.compare import tensor_error
 from dsv4q.formats.error import TensorError
 from dsv4q.layout import TensorSpec
@@ -26,6 +28,16 @@ _MOST = 1.0
 """Largest relative error, in Frobenius norms, where no sharper bound is derived."""
 
 
+HOST_PASSES = 8
+"""Times the bytes of a BF16 weight that a CPU has in memory while it judges one linear."""
+
+
+def bytes_on_disk(case: Case, specs: Iterable[TensorSpec]) -> int:
+    """Of what the source has of these weights."""
+    source = case.source
+    return 0 if source is None else sum(e.nbytes for spec in specs for e in entries_of(source, spec.name))
+
+
 class SharedScales:
     """Scales that w1 and w3 of an expert have in common: the consumer fuses the two and uses one scale for both."""
 
@@ -33,7 +45,7 @@ class SharedScales:
         """`pairs`: a scale of w1 -> the same of w3; `kept`: those of them that were read before, from other shards."""
         self.case, self.pairs, self.kept = case, pairs, kept
         self.label = "experts' scales"
-        self.size, self.memory = 0, 0
+        self.size, self.read, self.memory = 0, 0, 0
         self.values: dict[str, Tensor] = {}
 
     def load(self) -> None:
@@ -54,28 +66,44 @@ class Linear:
     """One quantized linear, all of whose tensors are sound by their headers.
 
     Args:
-        shared: what it has in common with its partner.
+        pairs, kept: what it has in common with its partner; see `SharedScales`.
     """
 
-    def __init__(self, case: Case, spec: TensorSpec, scheme: StoredScheme, shared: SharedScales) -> None:
-        self.case, self.spec, self.scheme, self.shared = case, spec, scheme, shared
+    def __init__(
+        self, case: Case, spec: TensorSpec, scheme: StoredScheme, pairs: Mapping[str, str], kept: Mapping[str, Tensor]
+    ) -> None:
+        self.all, self.case = case, case.apart()
+        self.spec, self.scheme, self.shared = spec, scheme, SharedScales(self.case, pairs, kept)
         self.names = {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
         self.label = spec.block
         self.size = sum(case.sound[name].nbytes for name in self.names.values())
-        self.memory = self.size + (0 if case.source is None else spec.nbytes)
+        self.read = self.size + bytes_on_disk(case, [spec])
+        self.on_host = case.device is not None and case.device.type == "cpu"
+        self.memory = self.size + (0 if case.source is None else spec.nbytes * (HOST_PASSES if self.on_host else 1))
         self.stored: dict[str, Tensor] = {}
         self.weight: Tensor | None = None
 
     def load(self) -> None:
-        """Everything from the disk to the device."""
+        """Everything from the disk to the device; on the host, judge too."""
         case = self.case
         self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
         self.shared.load()
         if case.source is not None and case.source_fault(self.spec) is None and not case.is_lost(self.spec.name):
             assert case.device is not None, "values are judged on a device"
             self.weight = case.source.tensor_on(self.spec.name, case.device)
+        if self.on_host:
+            self._judge()
 
     def judge(self) -> None:
+        if not self.on_host:
+            self._judge()
+        self.all.take(self.case)
+
+    def _judge(self) -> None:
+        self._look()
+        self.stored, self.weight = {}, None
+
+    def _look(self) -> None:
         case, usable = self.case, self._scales()
         for fault in self.scheme.undecodable(self.stored, self.spec.shape):
             self._told_of_values(*fault)

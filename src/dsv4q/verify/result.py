@@ -37,6 +37,12 @@ class ClassErrors(Errors):
     power_of_two_scales: int = 0
     """Linears all of whose scales are powers of two: the consumer keeps such FP8 scales as they are."""
 
+    def merge(self, other: Errors) -> None:
+        super().merge(other)
+        if isinstance(other, ClassErrors):
+            self.each |= other.each
+            self.power_of_two_scales += other.power_of_two_scales
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; a ratio without noise is null, and of equally bad linears the first is the worst."""
         errors = [error.relative for error in self.each.values()]
@@ -70,6 +76,8 @@ class VerifyResult:
     differences: tuple[Difference, ...]
     errors: dict[str, dict[str, Any]]
     """Weight error by tensor class (`ClassErrors.as_dict`); empty without a source."""
+    bytes_read: int
+    """Of tensor data, of the artifact and of the source as it lies on disk; 0 if only headers were read."""
     seconds: float
 
     @property
@@ -100,6 +108,7 @@ class VerifyResult:
             "differences": [difference.as_dict() for difference in self.differences],
             "errors": self.errors,
             "exactness": self.exactness(),
+            "bytes_read": self.bytes_read,
             "seconds": round(self.seconds, 3),
         }
 

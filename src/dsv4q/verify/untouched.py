@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4q.checkpoint.native import is_dequantized
+from dsv4q.checkpoint.native import entries_of, is_dequantized
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.verify.case import FLOATS, Case
 from dsv4q.verify.files import Header
@@ -73,8 +73,16 @@ class ByteRange:
     def __init__(self, tensor: UntouchedTensor, start: int, size: int, *, last: bool) -> None:
         self.tensor, self.start, self.size, self.last = tensor, start, size, last
         self.label = tensor.name
-        self.memory = 2 * size
+        self.read, self.memory = self._reads(), 2 * size
         self.unequal, self.first, self.bad = 0, 0, 0
+
+    def _reads(self) -> int:
+        source = self.tensor.case.source
+        if source is None or not self.tensor.comparable:
+            return self.size
+        if is_dequantized(source, self.tensor.main):
+            return self.size + sum(entry.nbytes for entry in entries_of(source, self.tensor.main))
+        return 2 * self.size
 
     def load(self) -> None:
         tensor, case = self.tensor, self.tensor.case

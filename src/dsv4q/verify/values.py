@@ -7,6 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 
 from torch import Tensor
 
+from dsv4q.checkpoint.native import entries_of
 from dsv4q.layout import TensorSpec
 from dsv4q.verify.batch import LinearBatch
 from dsv4q.verify.case import BATCH_BYTES, Case, ValueCheck
@@ -41,11 +42,11 @@ class ValueChecks:
         for spec, scheme in case.contract.whole_linears(names):
             shared = self._shared(spec.module, scheme, here)
             if not self._goes_into_batch(spec, scheme):
-                yield Linear(case, spec, scheme, SharedScales(case, shared, self._kept))
+                yield Linear(case, spec, scheme, shared, self._kept)
                 continue
             pairs |= shared
             kinds = (case.sound[f"{spec.module}.{suffix}"].dtype for suffix in scheme.stored(spec.shape))
-            batch = batches[(scheme.group, spec.shape, *kinds)]
+            batch = batches[(scheme.group, spec.shape, *kinds, *self._kinds_in_source(spec))]
             batch.append(spec)
             if (len(batch) + 1) * 2 * spec.nbytes > BATCH_BYTES:
                 yield LinearBatch(case, scheme, tuple(batch), quick=self.quick)
@@ -60,6 +61,10 @@ class ValueChecks:
         if not scheme.in_batches or scheme.group in self.case.rounded or source is None or self.case.is_lost(spec.name):
             return False
         return self.case.source_fault(spec) is None and source.tensors[spec.name].dtype == "BF16"
+
+    def _kinds_in_source(self, spec: TensorSpec) -> tuple[str, ...]:
+        assert self.case.source is not None
+        return tuple(entry.dtype for entry in entries_of(self.case.source, spec.name))
 
     def _shared(self, module: str, scheme: StoredScheme, here: Container[str]) -> dict[str, str]:
         """Scales of w1 -> the same of w3, where this linear is the one that says whether they are equal.
