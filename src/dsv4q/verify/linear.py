@@ -28,6 +28,9 @@ _MOST = 1.0
 """Largest relative error, in Frobenius norms, where no sharper bound is derived."""
 
 
+_BF16, _F32 = 2.0**-8, 2.0**-22
+"""Relative rounding of a quotient, with room for the products around it."""
+_Unequal = tuple[Tensor, Tensor, Tensor]
 HOST_PASSES = 8
 """Times the bytes of a BF16 weight that a CPU has in memory while it judges one linear."""
 
@@ -160,12 +163,14 @@ class Linear:
 
     def _decoded_and_encoded(self, weight: Tensor) -> None:
         decoded, full = self.scheme.decode(self.stored), weight.float()
+        # encode divides in the promoted dtype; only BF16 by BF16 rounds the quotient to BF16.
+        bf16 = weight.dtype == self.stored["weight_scale"].dtype == torch.bfloat16
         unit = self.scheme.unit(decoded)
         error = tensor_error(full, decoded["weight"])
         errors = self.case.errors[self.spec.role]
         errors.add(self.spec.module, error)
         errors.power_of_two_scales += powers_of_two(unit)
-        if not self._reencodes(weight, decoded):
+        if not self._reencodes(weight, decoded, _BF16 if bf16 else _F32):
             return
         self.case.log.looked_at("error")
         if self.scheme.grid is None:
@@ -173,16 +178,21 @@ class Linear:
             return
         weights = [self.scheme.blocks(one, len(unit)) for one in (full, decoded["weight"])]
         blocks = Blocks(weights[0], weights[1], unit)
-        # encode divides in the promoted dtype; only BF16 by BF16 rounds the quotient to BF16.
-        bf16 = weight.dtype == self.stored["weight_scale"].dtype == torch.bfloat16
         self._bounds(blocks, self.scheme.grid, bf16_quotient=bf16)
 
-    def _reencodes(self, weight: Tensor, decoded: Mapping[str, Tensor]) -> bool:
-        """All that these scales give is what is stored, with every -0 kept or with none."""
-        tries = []
+    def _reencodes(self, weight: Tensor, decoded: Mapping[str, Tensor], rounding: float) -> bool:
+        """Every stored code is a nearest one of its quotient, with every -0 kept or with none.
+
+        Eager encoders round the quotient to the promoted dtype, kernels to F32, so near the middle of two values either
+        is right: what lies between the codes of the quotients that `rounding` (relative) allows.
+        """
+        tries, between = [], None
         for keep in (True, False):
             encoded = self.scheme.encode(weight, decoded, keep_negative_zero=keep)
             unequal = dict(self._unequal(encoded))
+            if unequal:
+                between = self._between(weight, decoded, rounding) if between is None else between
+                unequal = self._wrong(unequal, encoded, decoded, between)
             if not unequal:
                 return True
             tries.append(unequal)
@@ -197,7 +207,33 @@ class Linear:
             self.case.differs("encoding", self.names[suffix], expected, found)
         return False
 
-    def _unequal(self, encoded: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    def _between(self, weight: Tensor, decoded: Mapping[str, Tensor], rounding: float) -> Tensor:
+        """Bool [out, in]: where the stored value lies between those of the smallest and the largest quotient."""
+        ends = []
+        for factor in (1 - rounding, 1 + rounding):
+            encoded = self.scheme.encode(weight.float() * factor, decoded, keep_negative_zero=True)
+            ends.append(self.scheme.decode({**self.stored, **encoded})["weight"])
+        value = decoded["weight"]
+        return (value >= torch.minimum(*ends)) & (value <= torch.maximum(*ends))
+
+    def _wrong(
+        self, unequal: dict[str, _Unequal], encoded: Mapping[str, Tensor], decoded: Mapping[str, Tensor], right: Tensor
+    ) -> dict[str, _Unequal]:
+        """Of the tensors that differ those that are wrong, and where: a code that is right has the right sign too."""
+        again = self.scheme.decode({**self.stored, **encoded})["weight"]
+        wrong = ~right | (again.signbit() != decoded["weight"].signbit())
+        if not bool(wrong.any()):
+            return {}
+        found = {}
+        for suffix, (mask, ours, theirs) in unequal.items():
+            values = wrong.shape[1] // mask.shape[-1]
+            if mask.ndim == 2 and mask.shape[-1] * values == wrong.shape[1]:
+                mask = mask & wrong.unflatten(1, (-1, values)).any(dim=-1)
+            if bool(mask.any()):
+                found[suffix] = mask, ours, theirs
+        return found
+
+    def _unequal(self, encoded: Mapping[str, Tensor]) -> Iterator[tuple[str, _Unequal]]:
         """Tensors that differ: where, the source's bytes, the artifact's bytes."""
         for suffix, tensor in self.stored.items():
             if suffix.startswith("weight") and suffix in encoded:
