@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from artifact_maker import edit, read
 from dsv4q.__main__ import main
 from dsv4q.formats.encode import fp8_block_decode, nvfp4_decode
 from dsv4q.formats.native import fp8_to_bf16, mxfp4_to_bf16
-from dsv4q.host import Alone
 from dsv4q.made_up.native import native_form
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.verify.packed import equal_fp8, equal_mxfp4
@@ -190,15 +190,13 @@ def test_the_last_line_says_how_fast_bytes_were_read(
 
 
 def test_a_thread_that_computes_alone_leaves_other_threads_as_they_are() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with ThreadPoolExecutor(2, initializer=Alone()) as pool:
-            assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [1] * 8
-        found: list[int] = []
-        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-        other.start()
-        other.join()
-        assert (torch.get_num_threads(), found) == (3, [3])
-    finally:
-        torch.set_num_threads(before)
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor as Pool; import torch; from dsv4q.host import *\n"
+        "def number(_): return torch.get_num_threads()\n"
+        "with Pool(2, initializer=compute_alone) as alone, Pool(2) as usual:\n"
+        "    print(*set(alone.map(number, range(8))), *set(usual.map(number, range(8))), number(0))"
+    )
+    many = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=many, capture_output=True, text=True, check=True)
+    alone, usual, here = map(int, done.stdout.split())
+    assert (alone, usual) == (1, here)

@@ -8,6 +8,7 @@ end, is taken in the same way, so that a rank says why it ends.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,24 +56,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Alone:
-    """Called on a thread: torch computes on that thread alone from now on. Threads made elsewhere are as before."""
+def compute_alone() -> None:
+    """From now on torch computes on the calling thread alone; other threads are as before.
 
-    def __init__(self) -> None:
-        import torch
+    `torch.set_num_threads` is of all threads to come too, and of what a fork leaves of them. So OpenMP is asked itself,
+    whose number is the thread's own. Where it is not found everything goes on as it was, slower.
+    """
+    import torch
 
-        self._lock, self._usual = threading.Lock(), torch.get_num_threads()
+    torch.get_num_threads()  # or torch would set its usual number when the thread first computes
+    for library in _openmp():
+        library.omp_set_num_threads(1)
 
-    def __call__(self) -> None:
-        import torch
 
-        with self._lock:
-            torch.get_num_threads()  # or this thread would take the number for all when it first computes
-            # The number is that of the calling thread and of all threads that have not computed yet: put that back.
-            torch.set_num_threads(1)
-            other = threading.Thread(target=torch.set_num_threads, args=(self._usual,))
-            other.start()
-            other.join()
+@cache
+def _openmp() -> tuple[ctypes.CDLL, ...]:
+    """Every OpenMP that is loaded, of Linux' own list of mapped files."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    files = {match[0] for line in lines if (match := re.search(r"/\S*/lib(gomp|i?omp5?)\b[^/]*\.so[^/]*$", line))}
+    return tuple(ctypes.CDLL(file) for file in sorted(files))
 
 
 def memory_now(device: torch.device) -> dict[str, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv4q.checkpoint.native import MXFP4, NativeCheckpoint, entries_of
+from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.error import TensorError
 from dsv4q.layout import Shape, TensorSpec
@@ -78,8 +79,8 @@ class LinearBatch:
 
     def _judge(self, piece: _Piece) -> None:
         good, powers = piece.compared()
-        self.good += good.tolist()
-        self.powers += powers.tolist()
+        self.good += good
+        self.powers += powers
 
     def _look_closer(self) -> None:
         if not any(self.good):
@@ -109,20 +110,30 @@ class LinearBatch:
 
 
 class _Piece:
-    """Linears that lie in memory together, as stacks [T, ...] of each tensor; made by reading them."""
+    """Linears that lie in memory together, as stacks [T, ...] of each tensor; made by reading them.
+
+    What cannot be read or decoded is not shown to be as it must be; a judge of its own says why.
+    """
 
     def __init__(self, case: Case, scheme: StoredScheme, specs: Sequence[TensorSpec], *, pinned: bool) -> None:
         self.case, self.scheme, self.specs = case, scheme, specs
-        source, pinned = case.source, pinned and torch.cuda.is_available()
-        assert source is not None
         self.host: dict[str, Tensor] = {}
+        self.packed: tuple[Tensor, ...] = ()
+        """Of a native source what lies in its files, stacked too."""
+        self.weights: list[Callable[[Tensor], None]] = []
+        self.readable = True
+        try:
+            self._read(pinned=pinned)
+        except (SourceError, WeightError):
+            self.readable = False
+
+    def _read(self, *, pinned: bool) -> None:
+        case, scheme, specs, source = self.case, self.scheme, self.specs, self.case.source
+        assert source is not None
         for suffix in scheme.stored(specs[0].shape):
             names = [f"{spec.module}.{suffix}" for spec in specs]
             header = case.sound[names[0]]
             self.host[suffix] = _stacked(names, header.dtype, header.shape, case.artifact.read_into, pinned=pinned)
-        self.packed: tuple[Tensor, ...] = ()
-        """Of a native source what lies in its files, stacked too."""
-        self.weights: list[Callable[[Tensor], None]] = []
         if is_packed(case, specs[0]):
             assert isinstance(source, NativeCheckpoint)
             parts = zip(*(entries_of(source, spec.name) for spec in specs), strict=True)
@@ -133,11 +144,21 @@ class _Piece:
         else:
             self.weights = [source.fetched(spec.name, pinned=pinned) for spec in specs]
 
-    def compared(self) -> tuple[Tensor, Tensor]:
-        """Which linears are shown to be as they must be, and which have nothing but powers of two for scales; Bool [T].
+    def compared(self) -> tuple[list[bool], list[bool]]:
+        """Which linears are shown to be as they must be, and which have nothing but powers of two for scales.
 
         What must be: they decode to the source bit for bit, which is finite, and every scale is positive and finite.
         """
+        try:
+            if self.readable:
+                good, powers = self._compared()
+                return good.tolist(), powers.tolist()
+        except WeightError:
+            pass
+        return [False] * len(self.specs), [False] * len(self.specs)
+
+    def _compared(self) -> tuple[Tensor, Tensor]:
+        """The same as Bool [T]."""
         device = self.case.device
         stored = {suffix: tensor.to(device, non_blocking=True) for suffix, tensor in self.host.items()}
         if self.packed:

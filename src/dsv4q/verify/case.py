@@ -19,6 +19,8 @@ from dsv4q.verify.schemes import StoredScheme
 if TYPE_CHECKING:
     import torch
 
+COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+"""Endings of names that only an artifact has."""
 FLOATS = ("BF16", "F16", "F32", "F64")
 BATCH_BYTES = 1 << 28
 """Decoded F32 values of linears that are judged together, at most; one linear is always allowed."""

@@ -31,22 +31,21 @@ from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.pipes import BUDGET, THREADS, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError, VerificationFailed
-from dsv4q.host import Alone, cores, usable_device
+from dsv4q.host import compute_alone, cores, usable_device
 from dsv4q.layout import Dims
-from dsv4q.verify.case import Case, Contract
+from dsv4q.verify.case import COMPRESSED, Case, Contract
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
-from dsv4q.verify.result import Difference, Log, VerifyResult
+from dsv4q.verify.result import Difference, Log, VerifyResult, reason
 from dsv4q.verify.schemes import FP8
-from dsv4q.verify.source import compare_folders
+from dsv4q.verify.source import compare_folders, require_comparable
 
 if TYPE_CHECKING:
     import torch
 
+    from dsv4q.verify.case import ValueCheck
     from dsv4q.verify.values import ValueChecks
 
 __all__ = ["Difference", "Judge", "VerifyResult", "require_verified", "verify", "verify_headers"]
-
-_COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
 
 THREAD_BYTES = 256 << 20
 """What a thread holds that reads and judges on a CPU."""
@@ -72,15 +71,15 @@ def verify(
     Args:
         artifact: its folder.
         source: the checkpoint it was made of, BF16 or native; compares untouched tensors byte by byte, re-encodes
-            quantized ones. What of it is damaged is a difference, and the rest is compared.
+            quantized ones. What of it is damaged is a difference, and the rest is compared, also if reading fails.
         deep: look at every value: scales finite and positive, pairs equal, no NaN.
         progress: called with a label, bytes done and bytes in all.
         device: where quantized weights are encoded and compared: auto, cpu, cuda or cuda:N.
 
     Raises:
         DeviceError: no such device.
-        WeightError: a native source has values that are not numbers.
-        SourceError: artifact or source has no config.json, or not one of a DeepSeek-V4; reading fails.
+        SourceError: artifact or source has no config.json, or not one of a DeepSeek-V4; nothing of the source can be
+            compared.
     """
     begin = time.monotonic()
     if not artifact.is_dir():
@@ -94,6 +93,8 @@ def verify(
     contract = Contract.of(config, dims, log, plain=plain)
     place = usable_device(device) if deep or source is not None else None
     with nullcontext() if source is None else scan_source(source) as original:
+        if original is not None:
+            require_comparable(original, contract)
         judge = Judge(artifact, contract, log, source=original, deep=deep, device=place)
         judge.all_shards(headers, progress)
     return VerifyResult(
@@ -133,7 +134,7 @@ def require_verified(out: Path) -> VerifyResult:
 def _is_plain(config: Mapping[str, Any], headers: Headers) -> bool:
     """No quantization_config, and no tensor that only an artifact has: one that lost its config must not pass."""
     names = headers.holders.keys() | headers.index.keys()
-    return config.get("quantization_config") is None and not any(name.endswith(_COMPRESSED) for name in names)
+    return config.get("quantization_config") is None and not any(name.endswith(COMPRESSED) for name in names)
 
 
 class Judge:
@@ -302,12 +303,14 @@ class Judge:
         checks = self._values.of(names)
         threads = THREADS if self.quick else max(THREADS, cores())
         room = BUDGET if self.quick or self.case.device.type != "cpu" else threads * THREAD_BYTES
-        ahead = loaded_ahead(
-            checks, lambda one: one.load(), lambda one: one.memory, budget=room, threads=threads, begin=Alone()
-        )
+        ahead = loaded_ahead(checks, _load, lambda one: one.memory, budget=room, threads=threads, begin=compute_alone)
         with self.case.artifact, ahead as loaded:
-            for check, _ in loaded:
-                check.judge()
+            for check, error in loaded:
+                if error is None:
+                    check.judge()
+                else:
+                    expected = f"tensors of {check.label} that can be read"
+                    self.log.differs("values", file=str(error.where), expected=expected, found=reason(error))
                 done += check.size
                 self.bytes_read += check.read
                 if progress is not None:
@@ -324,6 +327,15 @@ class Judge:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.case.device)
         return torch.cuda.stream(self._stream)
+
+
+def _load(check: ValueCheck) -> SourceError | None:
+    """Load; an artifact that cannot be read is no reason to lose what has been found."""
+    try:
+        check.load()
+    except SourceError as error:
+        return error
+    return None
 
 
 def _set_check(name: str) -> str:

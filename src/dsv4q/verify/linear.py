@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from dsv4q.checkpoint.native import entries_of
+from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.compare import tensor_error
 from dsv4q.formats.error import TensorError
 from dsv4q.layout import TensorSpec
 from dsv4q.verify.bounds import Blocks, dishonest_scales, far_elements, powers_of_two
 from dsv4q.verify.case import Case
+from dsv4q.verify.result import reason
 from dsv4q.verify.schemes import Refused, StoredScheme, ValueGrid, place
 
 _MOST = 1.0
@@ -85,25 +87,42 @@ class Linear:
         self.memory = self.size + (0 if case.source is None else spec.nbytes * (HOST_PASSES if self.on_host else 1))
         self.stored: dict[str, Tensor] = {}
         self.weight: Tensor | None = None
+        self.judged = False
+        self.lost: SourceError | None = None
+        """Why the artifact's tensors are not there."""
+        self.unread: SourceError | WeightError | None = None
+        """Why the source's weight is not there."""
 
     def load(self) -> None:
         """Everything from the disk to the device; on the host, judge too."""
         case = self.case
-        self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
-        self.shared.load()
+        try:
+            self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
+            self.shared.load()
+        except SourceError as error:
+            self.lost = error
+            return
         if case.source is not None and case.source_fault(self.spec) is None and not case.is_lost(self.spec.name):
             assert case.device is not None, "values are judged on a device"
-            self.weight = case.source.tensor_on(self.spec.name, case.device)
+            try:
+                self.weight = case.source.tensor_on(self.spec.name, case.device)
+            except (SourceError, WeightError) as error:
+                self.unread = error
         if self.on_host:
             self._judge()
+            self.judged = True
 
     def judge(self) -> None:
-        if not self.on_host:
+        if not self.judged:
             self._judge()
         self.all.take(self.case)
 
     def _judge(self) -> None:
-        self._look()
+        if self.lost is None:
+            self._look()
+        else:
+            name = next(iter(self.names.values()))
+            self.case.differs("values", name, "tensors that can be read", reason(self.lost))
         self.stored, self.weight = {}, None
 
     def _look(self) -> None:
@@ -116,6 +135,9 @@ class Linear:
             for fault in self.scheme.impossible(self.stored, self.spec.shape):
                 self._told_of_values(*fault)
         self.shared.judge()
+        if self.unread is not None:
+            case.differs("source", self.spec.name, "a weight of the source that can be read", reason(self.unread))
+            return
         if case.source is None or not usable or case.is_lost(self.spec.name):
             return
         why_not = case.source_fault(self.spec)

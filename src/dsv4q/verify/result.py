@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dsv4q.errors import Dsv4qError
 from dsv4q.formats.error import Errors, sqnr_db
 
 
@@ -44,7 +45,7 @@ class ClassErrors(Errors):
             self.power_of_two_scales += other.power_of_two_scales
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`; a ratio without noise is null, and of equally bad linears the first is the worst."""
+        """For `--json`; a ratio is null without noise and with nothing else, of equal linears the first is worst."""
         errors = [error.relative for error in self.each.values()]
         ratios = [ratio for ratio in map(sqnr_db, errors) if ratio is not None]
         return {
@@ -55,7 +56,7 @@ class ClassErrors(Errors):
             "max_relative_error": max(errors, default=0.0),
             "worst": max(self.each, key=lambda name: self.each[name].relative, default=None),
             "mean_relative_error": math.fsum(errors) / len(errors) if errors else 0.0,
-            "min_sqnr_db": min(ratios, default=None),
+            "min_sqnr_db": None if math.inf in errors else min(ratios, default=None),
         }
 
 
@@ -127,6 +128,12 @@ class Log:
         self, check: str, *, expected: object, found: object, tensor: str | None = None, file: str | None = None
     ) -> None:
         self.differences.append(Difference(check, tensor, file, str(expected), str(found)))
+
+
+def reason(error: Dsv4qError, *more: str | None) -> str:
+    """Why something could not be read, what follows, and what to do."""
+    what = error.what if error.found is None else f"{error.what}: {error.found}"
+    return "; ".join(part for part in (what, *more, error.hint) if part)
 
 
 def few(names: list[str], most: int = 3) -> str:

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import torch
 
 from dsv4q.checkpoint.native import entries_of, is_dequantized
+from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.verify.case import FLOATS, Case
 from dsv4q.verify.files import Header
+from dsv4q.verify.result import reason
 
 PIECE = 16 << 20
 
@@ -29,6 +31,8 @@ class UntouchedTensor:
         self.comparable = alike and not self.lost
         self.experts = case.contract.dims.experts if name.endswith(".tid2eid") else None
         self.different, self.first, self.bad = 0, 0, 0
+        self.unread: SourceError | WeightError | None = None
+        """Why the source could not be read to the end."""
 
     def checks(self) -> Iterator[ByteRange]:
         """Its bytes in order; an empty tensor has one range too."""
@@ -46,7 +50,9 @@ class UntouchedTensor:
 
     def finish(self) -> None:
         """Say what is wrong, now that every byte has been seen."""
-        if self.case.source is not None and not self.lost:
+        if self.unread is not None:
+            self.case.differs("source", self.name, f"{self.main} of the source that can be read", reason(self.unread))
+        elif self.case.source is not None and not self.lost:
             self._against_source()
         if self.case.deep:
             self.case.log.looked_at("values")
@@ -90,7 +96,10 @@ class ByteRange:
         case.artifact.read_part(tensor.name, self.start, memoryview(mine))
         if tensor.comparable and case.source is not None:
             other = bytearray(self.size)
-            case.source.read_part(tensor.main, self.start, memoryview(other))
+            try:
+                case.source.read_part(tensor.main, self.start, memoryview(other))
+            except (SourceError, WeightError) as error:
+                tensor.unread, other = error, mine
             if mine != other:
                 unequal = torch.frombuffer(mine, dtype=torch.uint8) != torch.frombuffer(other, dtype=torch.uint8)
                 self.unequal, self.first = int(unequal.sum()), int(unequal.nonzero()[0])
