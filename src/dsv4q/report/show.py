@@ -144,8 +144,10 @@ def exactness(errors: Mapping[str, Any]) -> str:
 def _inexactness(errors: Mapping[str, Any]) -> str:
     if errors["exact"] == errors["tensors"]:
         return ""
+    could = errors.get("could_be_exact")
+    more = f"; {could:,} more could be under other scales" if could else ""
     sqnr = errors["min_sqnr_db"]
-    return (
+    return more + (
         f"; relative error {errors['mean_relative_error']:.4g} on average, at most {errors['max_relative_error']:.4g} "
         f"({errors['worst']})" + ("" if sqnr is None else f", SQNR at least {sqnr:.1f} dB")
     )

@@ -114,6 +114,8 @@ class Case:
     log: Log
     device: torch.device | None = None
     """Where quantized weights are judged; None: no value is looked at."""
+    promised: frozenset[str] = frozenset()
+    """Linears that are exact wherever the source allows it, as the artifact's own recipe says."""
     sound: dict[str, Header] = field(default_factory=dict)
     """Tensors that must be there and are, once, with the right dtype and shape."""
     errors: dict[str, ClassErrors] = field(default_factory=lambda: defaultdict(ClassErrors))

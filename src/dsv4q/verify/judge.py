@@ -34,6 +34,7 @@ from dsv4q.errors import SourceError, VerificationFailed
 from dsv4q.host import compute_alone, cores, usable_device
 from dsv4q.layout import Dims
 from dsv4q.verify.case import COMPRESSED, Case, Contract
+from dsv4q.verify.exactness import promised_linears
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
 from dsv4q.verify.result import Difference, Log, VerifyResult, reason
 from dsv4q.verify.schemes import FP8
@@ -91,11 +92,12 @@ def verify(
     check_files(artifact, headers, not plain, log)
     check_index(headers, log)
     contract = Contract.of(config, dims, log, plain=plain)
+    promised = frozenset() if plain else promised_linears(artifact, contract.specs, log)
     place = usable_device(device) if deep or source is not None else None
     with nullcontext() if source is None else scan_source(source) as original:
         if original is not None:
             require_comparable(original, contract)
-        judge = Judge(artifact, contract, log, source=original, deep=deep, device=place)
+        judge = Judge(artifact, contract, log, source=original, deep=deep, device=place, promised=promised)
         judge.all_shards(headers, progress)
     return VerifyResult(
         artifact=str(artifact),
@@ -149,6 +151,7 @@ class Judge:
         source: what the artifact is made of.
         deep: look at every value.
         device: where quantized weights are judged; None: no value is looked at.
+        promised: linears that are exact wherever the source allows it, as the artifact's own recipe says.
         quick: judge linears in batches, and leave those that are exact out of the statistics.
     """
 
@@ -161,12 +164,13 @@ class Judge:
         source: Checkpoint | None = None,
         deep: bool = False,
         device: torch.device | None = None,
+        promised: frozenset[str] = frozenset(),
         quick: bool = False,
     ) -> None:
         self.contract, self.log, self.quick = contract, log, quick
         # Only the judge's own headers say where a tensor lies; the reader brings its bytes.
         artifact = Checkpoint(root, dict(contract.config), {}, {}, (), True, root / "config.json")
-        self.case = Case(contract, artifact, source, deep, log, device)
+        self.case = Case(contract, artifact, source, deep, log, device, promised)
         self.shards, self.tensors, self.mtp_tensors, self.nbytes = 0, 0, 0, 0
         self.bytes_read = 0
         """Of values: of the artifact, and of the source as it lies on disk."""

@@ -23,8 +23,9 @@ from dsv4q.formats.error import TensorError
 from dsv4q.layout import TensorSpec
 from dsv4q.verify.bounds import Blocks, dishonest_scales, far_elements, powers_of_two
 from dsv4q.verify.case import Case
+from dsv4q.verify.exactness import Exponents, fp8_possible, have_one_window
 from dsv4q.verify.result import reason
-from dsv4q.verify.schemes import Refused, StoredScheme, ValueGrid, place
+from dsv4q.verify.schemes import FP8, NVFP4, Refused, StoredScheme, ValueGrid, place
 
 _MOST = 1.0
 """Largest relative error, in Frobenius norms, where no sharper bound is derived."""
@@ -194,6 +195,7 @@ class Linear:
         errors.power_of_two_scales += powers_of_two(unit)
         if not self._reencodes(weight, decoded, _BF16 if bf16 else _F32):
             return
+        self._is_as_exact_as_it_could_be(full, decoded["weight"], len(unit), error)
         self.case.log.looked_at("error")
         if self.scheme.grid is None:
             self._not_worse_than_nothing(error)
@@ -201,6 +203,47 @@ class Linear:
         weights = [self.scheme.blocks(one, len(unit)) for one in (full, decoded["weight"])]
         blocks = Blocks(weights[0], weights[1], unit)
         self._bounds(blocks, self.scheme.grid, bf16_quotient=bf16)
+
+    def _is_as_exact_as_it_could_be(self, full: Tensor, decoded: Tensor, count: int, error: TensorError) -> None:
+        """Count it if all of it could be exact; where the recipe says so, each block that could be must be."""
+        blocks, stored = (self.scheme.blocks(one, count) for one in (full, decoded))
+        if self.scheme.format == NVFP4:
+            global_scale = float(self.stored["weight_global_scale"])
+            exponents = Exponents.of(blocks)
+            possible, all_of_it = exponents.under(global_scale), have_one_window(exponents.ends())
+        elif self.scheme.format == FP8:
+            possible = fp8_possible(blocks)
+            all_of_it = bool(possible.all())
+        else:
+            return
+        is_exact = error.exact_fraction == 1.0
+        self.case.errors[self.spec.role].could_be_exact += all_of_it and not is_exact
+        if is_exact or self.spec.module not in self.case.promised:
+            return
+        lost = (blocks.view(torch.int32) != stored.view(torch.int32)).any(dim=-1)
+        if all_of_it and self.scheme.format == NVFP4 and have_one_window(exponents.ends(), *self._partner()):
+            possible = torch.ones_like(possible)
+        missed = possible & lost
+        if bool(missed.any()):
+            scale = self.stored["weight_scale"]
+            where = list(divmod(int(missed.nonzero()[0]), scale.shape[-1]))
+            found = f"{int(missed.sum()):,} of {missed.numel():,} blocks are not, the first at {where}"
+            expected = "exact blocks: the source is on the grid, and recipe.yaml names an exact observer"
+            self.case.differs("exact", self.names["weight_scale"], expected, found)
+
+    def _partner(self) -> Iterator[tuple[int, int] | None]:
+        """`Exponents.ends` of the linear that shares the global scale, if there is one."""
+        expert, _, projection = self.spec.module.rpartition(".")
+        other = f"{expert}.{ {'w1': 'w3', 'w3': 'w1'}.get(projection, '') }.weight"
+        source, spec = self.case.source, self.case.contract.specs.get(other)
+        if source is None or spec is None or self.case.source_fault(spec) is not None or self.case.is_lost(other):
+            return
+        assert self.case.device is not None
+        try:
+            weight = source.tensor_on(other, self.case.device).float()
+        except (SourceError, WeightError):
+            return
+        yield Exponents.of(weight.reshape(-1, 16)).ends()
 
     def _reencodes(self, weight: Tensor, decoded: Mapping[str, Tensor], rounding: float) -> bool:
         """Every stored code is a nearest one of its quotient, with every -0 kept or with none.

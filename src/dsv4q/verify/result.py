@@ -16,7 +16,8 @@ class Difference:
     """One fact that is not as the contract wants it."""
 
     check: str
-    """files, index, headers, config, targets, tensors, mtp, scales, pairs, values, bytes, encoding, error or source."""
+    """files, index, headers, config, targets, tensors, mtp, scales, pairs, values, bytes, encoding, exact, error or
+    source."""
     tensor: str | None
     file: str | None
     expected: str
@@ -37,12 +38,15 @@ class ClassErrors(Errors):
 
     power_of_two_scales: int = 0
     """Linears all of whose scales are powers of two: the consumer keeps such FP8 scales as they are."""
+    could_be_exact: int = 0
+    """Linears that are not exact, but could be under other scales."""
 
     def merge(self, other: Errors) -> None:
         super().merge(other)
         if isinstance(other, ClassErrors):
             self.each |= other.each
             self.power_of_two_scales += other.power_of_two_scales
+            self.could_be_exact += other.could_be_exact
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; a ratio is null without noise and with nothing else, of equal linears the first is worst."""
@@ -51,6 +55,7 @@ class ClassErrors(Errors):
         return {
             "tensors": self.tensors,
             "exact": self.exact,
+            "could_be_exact": self.could_be_exact,
             "max_abs_error": self.max_abs_error,
             "power_of_two_scales": self.power_of_two_scales,
             "max_relative_error": max(errors, default=0.0),
