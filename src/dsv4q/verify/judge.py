@@ -202,6 +202,7 @@ class Judge:
             compare_folders(self.case)
         before = len(self.log.differences)
         self._judge_values(list(self.case.sound), progress)
+        self._judge_inputs()
         # Linears are judged in batches of one shape; what is wrong is told in the layout's order.
         order = {module: number for number, module in enumerate(self.contract.schemes)}
         self.log.differences[before:] = sorted(
@@ -246,6 +247,7 @@ class Judge:
         for name in list(self._owed):
             self._misses(name, None, "no such tensor in any shard")
         self._check_attention_scales()
+        self._judge_inputs()
         if not self.log.differences:
             for module in sorted(self._split):
                 expected, found = "all tensors of a linear in one shard", "parts of it in several, not judged"
@@ -321,6 +323,11 @@ class Judge:
                     progress(check.label, done, total)
         if progress is not None and done < total:  # linears that are not whole are not judged
             progress("done", total, total)
+
+    def _judge_inputs(self) -> None:
+        """Input scales against each other, now that all have been read."""
+        if self._values is not None:
+            self._values.inputs.judge(self.case)
 
     def _own_stream(self) -> AbstractContextManager[object]:
         """On a GPU, or the judge's work would wait for the run's, and the run's for it."""

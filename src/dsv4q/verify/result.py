@@ -16,8 +16,8 @@ class Difference:
     """One fact that is not as the contract wants it."""
 
     check: str
-    """files, index, headers, config, targets, tensors, mtp, scales, pairs, values, bytes, encoding, exact, error or
-    source."""
+    """files, index, headers, config, targets, tensors, mtp, scales, pairs, inputs, values, bytes, encoding, exact,
+    error or source."""
     tensor: str | None
     file: str | None
     expected: str

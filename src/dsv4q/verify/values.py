@@ -11,6 +11,7 @@ from dsv4q.checkpoint.native import entries_of
 from dsv4q.layout import TensorSpec
 from dsv4q.verify.batch import LinearBatch
 from dsv4q.verify.case import BATCH_BYTES, Case, ValueCheck
+from dsv4q.verify.inputs import SeenInputs, input_scales
 from dsv4q.verify.linear import Linear, SharedScales
 from dsv4q.verify.schemes import StoredScheme
 from dsv4q.verify.untouched import UntouchedTensor
@@ -29,6 +30,7 @@ class ValueChecks:
         self.case, self.quick = case, quick
         self._kept: dict[str, Tensor] = {}
         """Scales that an expert's partner must have too, whose shard has not come yet."""
+        self.inputs = SeenInputs()
 
     def of(self, names: Sequence[str]) -> Iterator[ValueCheck]:
         """All work on sound tensors: the untouched ones in this order, then the linears that are whole."""
@@ -55,6 +57,8 @@ class ValueChecks:
             yield LinearBatch(case, case.contract.schemes[batch[0].module], tuple(batch), quick=self.quick)
         if pairs:
             yield SharedScales(case, pairs, self._kept)
+        if case.deep:
+            yield from input_scales(case, dict.fromkeys(names), self.inputs)
 
     def _goes_into_batch(self, spec: TensorSpec, scheme: StoredScheme) -> bool:
         source = self.case.source
