@@ -34,6 +34,7 @@ from dsv4q.errors import SourceError, VerificationFailed
 from dsv4q.host import compute_alone, cores, usable_device
 from dsv4q.layout import Dims
 from dsv4q.verify.case import COMPRESSED, Case, Contract
+from dsv4q.verify.config import judge_model_config
 from dsv4q.verify.exactness import promised_linears
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
 from dsv4q.verify.result import Difference, Log, VerifyResult, reason
@@ -92,6 +93,8 @@ def verify(
     check_files(artifact, headers, not plain, log)
     check_index(headers, log)
     contract = Contract.of(config, dims, log, plain=plain)
+    if source is None:
+        judge_model_config(config, dims, log)
     promised = frozenset() if plain else promised_linears(artifact, contract.specs, log)
     place = usable_device(device) if deep or source is not None else None
     with nullcontext() if source is None else scan_source(source) as original:

@@ -5,6 +5,7 @@ Memory: pieces of 16 MiB, but for what a native source has to dequantize, which 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -17,18 +18,23 @@ from dsv4q.verify.files import Header
 from dsv4q.verify.result import reason
 
 PIECE = 16 << 20
+Pieces = dict[int, bytes]
+"""Of a tensor without a source: start of each piece -> SHA-256."""
 
 
 class UntouchedTensor:
     """One tensor; its byte ranges count together."""
 
-    def __init__(self, case: Case, name: str, header: Header) -> None:
-        self.case, self.name, self.header = case, name, header
+    def __init__(self, case: Case, name: str, header: Header, twins: dict[str, Pieces]) -> None:
+        self.case, self.name, self.header, self.twins = case, name, header, twins
         self.main = case.contract.copies.get(name, name)
         self.twin = None if case.source is None else case.source.tensors.get(self.main)
         self.lost = case.source is not None and case.is_lost(self.main)
         alike = self.twin is not None and (self.twin.dtype, self.twin.shape) == (header.dtype, header.shape)
         self.comparable = alike and not self.lost
+        alone = case.source is None and case.deep
+        self.is_twin = alone and name in {*case.contract.copies, *case.contract.copies.values()}
+        self.pieces: Pieces = {}
         self.experts = case.contract.dims.experts if name.endswith(".tid2eid") else None
         self.different, self.first, self.bad = 0, 0, 0
         self.unread: SourceError | WeightError | None = None
@@ -54,11 +60,22 @@ class UntouchedTensor:
             self.case.differs("source", self.name, f"{self.main} of the source that can be read", reason(self.unread))
         elif self.case.source is not None and not self.lost:
             self._against_source()
+        if self.is_twin and not self.bad:  # or one defect would be told twice
+            self.twins[self.name] = self.pieces
+            self._against_twin()
         if self.case.deep:
             self.case.log.looked_at("values")
             if self.bad:
                 expected = "finite values" if self.experts is None else f"expert numbers below {self.experts}"
                 self.case.differs("values", self.name, expected, f"{self.bad:,} others")
+
+    def _against_twin(self) -> None:
+        """Without a source, copies of the shared head are held against what they copy, when the later one comes."""
+        for copy, main in self.case.contract.copies.items():
+            if self.name in (copy, main) and {copy, main} <= self.twins.keys():
+                self.case.log.looked_at("bytes")
+                if self.twins[copy] != self.twins[main]:
+                    self.case.differs("bytes", copy, f"the bytes of {main}, which it copies", "others")
 
     def _against_source(self) -> None:
         case, twin = self.case, self.twin
@@ -103,6 +120,8 @@ class ByteRange:
             if mine != other:
                 unequal = torch.frombuffer(mine, dtype=torch.uint8) != torch.frombuffer(other, dtype=torch.uint8)
                 self.unequal, self.first = int(unequal.sum()), int(unequal.nonzero()[0])
+        if tensor.is_twin:
+            tensor.pieces[self.start] = hashlib.sha256(mine).digest()
         if case.deep and mine:
             self.bad = _impossible(mine, tensor.header.dtype, tensor.experts)
 

@@ -14,7 +14,7 @@ from dsv4q.verify.case import BATCH_BYTES, Case, ValueCheck
 from dsv4q.verify.inputs import SeenInputs, input_scales
 from dsv4q.verify.linear import Linear, SharedScales
 from dsv4q.verify.schemes import StoredScheme
-from dsv4q.verify.untouched import UntouchedTensor
+from dsv4q.verify.untouched import Pieces, UntouchedTensor
 
 _PARTNERS = {"w1": "w3", "w3": "w1"}
 
@@ -30,6 +30,7 @@ class ValueChecks:
         self.case, self.quick = case, quick
         self._kept: dict[str, Tensor] = {}
         """Scales that an expert's partner must have too, whose shard has not come yet."""
+        self._twins: dict[str, Pieces] = {}
         self.inputs = SeenInputs()
 
     def of(self, names: Sequence[str]) -> Iterator[ValueCheck]:
@@ -37,7 +38,7 @@ class ValueChecks:
         case = self.case
         for name in names:
             if name.rpartition(".")[0] not in case.contract.schemes:
-                yield from UntouchedTensor(case, name, case.sound[name]).checks()
+                yield from UntouchedTensor(case, name, case.sound[name], self._twins).checks()
         here = frozenset(names)
         batches: dict[tuple[object, ...], list[TensorSpec]] = defaultdict(list)
         pairs: dict[str, str] = {}
