@@ -33,7 +33,7 @@ def native_plan(config: str = "nvfp4-fp8-mtp", **wider: int) -> Plan:
     release = json.loads(FLASH.read_text(encoding="utf-8")) | wider
     stored = [part for spec in source_tensors(Dims.from_config(release)) for part in stored_specs(spec)]
     tensors = {p.name: TensorEntry(p.name, "x", p.dtype, p.shape, 0, p.nbytes) for p in stored}
-    source = as_source(Checkpoint(FLASH.parent, release, tensors, {"x": 1}, (), has_weights=True, config_file=FLASH))
+    source = as_source(Checkpoint(FLASH.parent, release, tensors, {}, (), has_weights=True, config_file=FLASH))
     return make_plan(source, load_config(CONFIGS / f"{config}.yaml"))
 
 

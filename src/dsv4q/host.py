@@ -8,6 +8,7 @@ end, and SIGHUP, which a terminal that is closed sends, are taken in the same wa
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -18,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,20 +52,31 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-@contextmanager
-def single_threaded_operations() -> Iterator[int]:
-    """Context in which every operation of torch on the CPU takes one thread, for work that has threads of its own.
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Gives how many it took before. Threads that begin inside work so too, for as long as they live.
+
+def compute_alone() -> None:
+    """From now on torch computes on the calling thread alone; other threads are as before.
+
+    `torch.set_num_threads` is of all threads to come too, and of what a fork leaves of them. So OpenMP is asked itself,
+    whose number is the thread's own. Where it is not found everything goes on as it was, slower.
     """
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)
+    torch.get_num_threads()  # or torch would set its usual number when the thread first computes
+    for library in _openmp():
+        library.omp_set_num_threads(1)
+
+
+@cache
+def _openmp() -> tuple[ctypes.CDLL, ...]:
+    """Every OpenMP that is loaded, of Linux' own list of mapped files."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    files = {match[0] for line in lines if (match := re.search(r"/\S*/lib(gomp|i?omp5?)\b[^/]*\.so[^/]*$", line))}
+    return tuple(ctypes.CDLL(file) for file in sorted(files))
 
 
 def memory_now(device: torch.device) -> dict[str, int]:

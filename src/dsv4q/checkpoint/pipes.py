@@ -28,7 +28,7 @@ _POLL = 0.1
 
 
 def _never() -> None:
-    """Nobody wants to stop."""
+    """Nobody wants to stop, nothing has to be done first."""
 
 
 @contextmanager
@@ -39,6 +39,7 @@ def loaded_ahead(
     *,
     budget: int = BUDGET,
     threads: int = THREADS,
+    begin: Callable[[], None] = _never,
     check_stop: Callable[[], None] = _never,
 ) -> Iterator[Iterator[tuple[K, V]]]:
     """Each item with what `load` made of it, in order.
@@ -49,6 +50,7 @@ def loaded_ahead(
         cost: of a loaded item, in bytes as a rule.
         budget: cost of all that is loaded and not yet done with; one item is always allowed, however dear. An item is
             done with when the next one is asked for.
+        begin: called first on each thread.
         check_stop: called while an item is waited for; raises if the run shall stop.
 
     On leaving, no further load starts and those under way are waited for, so that files may be closed then.
@@ -73,7 +75,7 @@ def loaded_ahead(
         while waiting:
             yield first()
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="dsv4q-ahead") as pool:
+    with ThreadPoolExecutor(threads, "dsv4q-ahead", begin) as pool:
         try:
             yield results(pool)
         finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from dsv4q.checkpoint.native import entries_of, is_dequantized
 from dsv4q.checkpoint.pipes import BUDGET, THREADS, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.host import single_threaded_operations
+from dsv4q.host import compute_alone, cores
 
 TOGETHER = {"cpu": 16 << 20, "cuda": 64 << 20}
 """Bytes of the tensors that are read and decoded together; one tensor is always allowed."""
@@ -62,12 +62,16 @@ def values_ahead(
     Raises (from the iterator):
         SourceError, WeightError: as `Checkpoint.tensor`.
     """
-    with ExitStack() as stack:
-        threads = _GPU_THREADS if device.type == "cuda" else stack.enter_context(single_threaded_operations())
-        load = _Decoder(source, device)
-        yield stack.enter_context(
-            loaded_ahead(wanted, load, lambda batch: batch.nbytes, budget=BUDGET, threads=max(THREADS, threads))
-        )
+    on_gpu = device.type == "cuda"
+    with loaded_ahead(
+        wanted,
+        _Decoder(source, device),
+        lambda batch: batch.nbytes,
+        budget=BUDGET,
+        threads=_GPU_THREADS if on_gpu else max(THREADS, cores()),
+        **({} if on_gpu else {"begin": compute_alone}),
+    ) as ready:
+        yield ready
 
 
 class _Decoder:

@@ -40,8 +40,11 @@ def error_sums(weights: Tensor, stored: Tensor) -> Tensor:
 
 
 def tensor_error(weight: Tensor, stored: Tensor) -> TensorError:
-    """`error_sums` of one tensor: `weight` of the source and `stored` F32, both [out, in]."""
-    return TensorError(*error_sums(weight.unsqueeze(0), stored.unsqueeze(0))[0].tolist())
+    """The same of one tensor, `weight` of the source and `stored` F32, both [out, in]; each square is F64 already."""
+    reference = weight.to(torch.float32)
+    exact = int((stored.view(torch.int32) == reference.view(torch.int32)).sum()) / reference.numel()
+    difference = stored - reference
+    return TensorError(exact, _squares(difference), _squares(reference), float(difference.abs_().amax()))
 
 
 class Comparison:

@@ -23,7 +23,7 @@ class TensorError:
 
     @property
     def relative(self) -> float:
-        """Relative error; infinite where a weight of zeros has one."""
+        """Relative error; infinite where a weight of zeros has one, and where it is not a number."""
         return _relative(self.squared_error, self.squared_weight)
 
     def as_dict(self) -> dict[str, float | None]:
@@ -56,8 +56,8 @@ class Errors:
         """Count one more tensor."""
         self.each[name] = error
         one = Errors(
-            1, int(error.exact_fraction == 1.0), error.squared_error, error.squared_weight, error.max_abs_error,
-            error.relative, name,
+            1, int(error.exact_fraction == 1.0), _worst_if_nan(error.squared_error), error.squared_weight,
+            _worst_if_nan(error.max_abs_error), error.relative, name,
         )  # fmt: skip
         self.merge(one)
 
@@ -95,7 +95,12 @@ class Errors:
 def _relative(squared_error: float, squared_weight: float) -> float:
     if not squared_weight:
         return math.inf if squared_error else 0.0
-    return math.sqrt(squared_error / squared_weight)
+    return math.sqrt(_worst_if_nan(squared_error / squared_weight))
+
+
+def _worst_if_nan(value: float) -> float:
+    """NaN would lose every comparison, and be skipped."""
+    return math.inf if math.isnan(value) else value
 
 
 def sqnr_db(relative: float) -> float | None:

@@ -163,8 +163,14 @@ def show_verification(result: VerifyResult, console: Console) -> None:
     verdict = "as it must be" if result.ok else f"{len(result.differences):,} difference(s)"
     console.print(
         f"{result.artifact}: {kind}{result.tensors:,} tensors, {result.mtp_tensors} of them mtp.*, "
-        f"in {result.shards} shards, {human_bytes(result.bytes)}: {verdict}"
+        f"in {result.shards} shards, {human_bytes(result.bytes)}: {verdict}{_speed(result)}"
     )
+
+
+def _speed(result: VerifyResult) -> str:
+    if not result.bytes_read:
+        return ""
+    return f"; {human_bytes(result.bytes_read)} read at {result.bytes_read / result.seconds / 1e9:.2f} GB/s"
 
 
 def show_differences(differences: Sequence[Mapping[str, str | None]], console: Console) -> None:
@@ -186,8 +192,10 @@ def exactness(errors: Mapping[str, Any]) -> str:
 def _inexactness(errors: Mapping[str, Any]) -> str:
     if errors["exact"] == errors["tensors"]:
         return ""
+    could = errors.get("could_be_exact")
+    more = f"; {could:,} more could be under other scales" if could else ""
     sqnr = errors["min_sqnr_db"]
-    return (
+    return more + (
         f"; relative error {errors['mean_relative_error']:.4g} on average, at most {errors['max_relative_error']:.4g} "
         f"({errors['worst']})" + ("" if sqnr is None else f", SQNR at least {sqnr:.1f} dB")
     )

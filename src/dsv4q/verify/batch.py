@@ -1,18 +1,30 @@
-"""Many linears at once, on the device: whatever decodes to its source bit for bit needs no closer look."""
+"""Many linears at once: whatever decodes to its source bit for bit needs no closer look.
+
+Of a native source codes are compared with codes (`packed.py`), of another one numbers with numbers. A GPU takes a batch
+as one stack; on a CPU a thread goes through its linears, in tiles that stay in its cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dsv4q.checkpoint.native import MXFP4, NativeCheckpoint, entries_of
+from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.error import TensorError
-from dsv4q.layout import TensorSpec
+from dsv4q.layout import Shape, TensorSpec
 from dsv4q.verify.case import Case
-from dsv4q.verify.linear import Linear, SharedScales
-from dsv4q.verify.schemes import StoredScheme
+from dsv4q.verify.linear import HOST_PASSES, Linear, bytes_on_disk
+from dsv4q.verify.packed import equal_fp8, equal_mxfp4
+from dsv4q.verify.schemes import FP8, NVFP4, StoredScheme
+
+TILE = 1 << 18
+"""Elements that a CPU compares at once."""
+_BAND = 128
+"""Rows of a tile come in multiples of this, so that no block of a scale is cut."""
 
 
 class LinearBatch:
@@ -22,6 +34,7 @@ class LinearBatch:
     that would find nothing: its codes are those that its source has under its scales, and the bounds are about errors.
 
     Args:
+        specs: alike in the source too.
         quick: leave exact ones out of the statistics.
     """
 
@@ -30,48 +43,55 @@ class LinearBatch:
         self.label = specs[0].block
         self.suffixes = tuple(scheme.stored(specs[0].shape))
         self.size = sum(case.sound[f"{spec.module}.{suffix}"].nbytes for spec in specs for suffix in self.suffixes)
-        self.memory = self.size + sum(spec.nbytes for spec in specs)
-        self.host: dict[str, Tensor] = {}
-        self.weights: list[Callable[[Tensor], None]] = []
+        self.read = self.size + bytes_on_disk(case, specs)
+        self.on_host = case.device is not None and case.device.type == "cpu"
+        self.memory = HOST_PASSES * specs[0].nbytes if self.on_host else self.read
+        self.pieces: list[_Piece] = []
+        self.good: list[bool] = []
+        self.powers: list[bool] = []
+        self.closer: list[Linear] = []
+        """Judged one by one."""
 
     def load(self) -> None:
-        """Everything from the disk to the host; of the artifact stacked: [linears, ...] of each tensor."""
-        case, pinned = self.case, self.case.device is not None and self.case.device.type == "cuda"
-        assert case.source is not None
-        self.weights = [case.source.fetched(spec.name, pinned=pinned) for spec in self.specs]
-        for suffix in self.suffixes:
-            header = case.sound[f"{self.specs[0].module}.{suffix}"]
-            raw = torch.empty((len(self.specs), header.nbytes), dtype=torch.uint8, pin_memory=pinned)
-            for row, spec in zip(raw, self.specs, strict=True):
-                case.artifact.read_into(f"{spec.module}.{suffix}", row.numpy().data)
-            dtype = torch_dtypes()[header.dtype]
-            self.host[suffix] = raw.view(dtype).reshape(len(self.specs), *header.shape)
+        """From the disk to the host; there, judge too."""
+        step = 1 if self.on_host else len(self.specs)
+        for start in range(0, len(self.specs), step):
+            piece = _Piece(self.case, self.scheme, self.specs[start : start + step], pinned=not self.on_host)
+            if self.on_host:
+                self._judge(piece)
+            else:
+                self.pieces.append(piece)
+        if self.on_host:
+            self._look_closer()
 
     def judge(self) -> None:
-        case = self.case
-        stored = {suffix: tensor.to(case.device, non_blocking=True) for suffix, tensor in self.host.items()}
-        good = self._equals_source(stored)
-        scales = [suffix for suffix in self.suffixes if suffix.endswith("scale")]
-        for number in (self.scheme.numbers(stored[suffix]) for suffix in scales):
-            good &= (number.isfinite() & (number > 0)).flatten(1).all(dim=1)
-        if not bool(good.any()):
-            case.rounded.add(self.scheme.group)
-        powers = self._powers_of_two(stored)
-        for spec, fine, power in zip(self.specs, good.tolist(), powers, strict=True):
+        if not self.on_host:
+            for piece in self.pieces:
+                self._judge(piece)
+            self.pieces.clear()
+            self._look_closer()
+        scales = sum(suffix.endswith("scale") for suffix in self.suffixes)
+        for spec, fine, power in zip(self.specs, self.good, self.powers, strict=True):
             if fine:
-                self._is_exact(spec, len(scales), power)
-                continue
-            linear = Linear(case, spec, self.scheme, SharedScales(case, {}, {}))
-            linear.load()
+                self._is_exact(spec, scales, power)
+        for linear in self.closer:
             linear.judge()
-        self.host.clear()
-        self.weights.clear()
 
-    def _powers_of_two(self, stored: Mapping[str, Tensor]) -> list[bool]:
-        """Of which linears every effective scale is a power of two."""
-        units = self.scheme.unit(stored).reshape(len(self.specs), -1)
-        found: list[bool] = (torch.frexp(units).mantissa == 0.5).all(dim=1).tolist()
-        return found
+    def _judge(self, piece: _Piece) -> None:
+        good, powers = piece.compared()
+        self.good += good
+        self.powers += powers
+
+    def _look_closer(self) -> None:
+        if not any(self.good):
+            self.case.rounded.add(self.scheme.group)
+        self.closer = [
+            Linear(self.case, spec, self.scheme, {}, {})
+            for spec, fine in zip(self.specs, self.good, strict=True)
+            if not fine
+        ]
+        for linear in self.closer:
+            linear.load()
 
     def _is_exact(self, spec: TensorSpec, scales: int, power: bool) -> None:
         """Count what was looked at, as a judge of its own would have."""
@@ -81,20 +101,122 @@ class LinearBatch:
             case.log.looked_at("exact")
             case.exact[spec.role] += 1
             return
-        case.log.looked_at("values", len(self.scheme.value_tensors(self.host)) if case.deep else 0)
+        case.log.looked_at("values", len(self.scheme.value_tensors(self.suffixes)) if case.deep else 0)
         case.log.looked_at("encoding")
         case.log.looked_at("error")
         errors = case.errors[spec.role]
         errors.add(spec.module, TensorError(1.0, 0.0, 0.0, 0.0))
         errors.power_of_two_scales += power
 
-    def _equals_source(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """Which of the linears decode to the source's finite weight bit for bit, -0 included; Bool [linears]."""
+
+class _Piece:
+    """Linears that lie in memory together, as stacks [T, ...] of each tensor; made by reading them.
+
+    What cannot be read or decoded is not shown to be as it must be; a judge of its own says why.
+    """
+
+    def __init__(self, case: Case, scheme: StoredScheme, specs: Sequence[TensorSpec], *, pinned: bool) -> None:
+        self.case, self.scheme, self.specs = case, scheme, specs
+        self.host: dict[str, Tensor] = {}
+        self.packed: tuple[Tensor, ...] = ()
+        """Of a native source what lies in its files, stacked too."""
+        self.weights: list[Callable[[Tensor], None]] = []
+        self.readable = True
+        try:
+            self._read(pinned=pinned)
+        except (SourceError, WeightError):
+            self.readable = False
+
+    def _read(self, *, pinned: bool) -> None:
+        case, scheme, specs, source = self.case, self.scheme, self.specs, self.case.source
+        assert source is not None
+        for suffix in scheme.stored(specs[0].shape):
+            names = [f"{spec.module}.{suffix}" for spec in specs]
+            header = case.sound[names[0]]
+            self.host[suffix] = _stacked(names, header.dtype, header.shape, case.artifact.read_into, pinned=pinned)
+        if is_packed(case, specs[0]):
+            assert isinstance(source, NativeCheckpoint)
+            parts = zip(*(entries_of(source, spec.name) for spec in specs), strict=True)
+            self.packed = tuple(
+                _stacked([e.name for e in part], part[0].dtype, part[0].shape, source.on_disk.read_into, pinned=pinned)
+                for part in parts
+            )
+        else:
+            self.weights = [source.fetched(spec.name, pinned=pinned) for spec in specs]
+
+    def compared(self) -> tuple[list[bool], list[bool]]:
+        """Which linears are shown to be as they must be, and which have nothing but powers of two for scales.
+
+        What must be: they decode to the source bit for bit, which is finite, and every scale is positive and finite.
+        """
+        try:
+            if self.readable:
+                good, powers = self._compared()
+                return good.tolist(), powers.tolist()
+        except WeightError:
+            pass
+        return [False] * len(self.specs), [False] * len(self.specs)
+
+    def _compared(self) -> tuple[Tensor, Tensor]:
+        """The same as Bool [T]."""
+        device = self.case.device
+        stored = {suffix: tensor.to(device, non_blocking=True) for suffix, tensor in self.host.items()}
+        if self.packed:
+            weight, scale = (part.to(device, non_blocking=True) for part in self.packed)
+            if self.scheme.format == NVFP4:
+                codes, scales = stored["weight_packed"], (stored["weight_scale"], stored["weight_global_scale"])
+                fine = equal_mxfp4(weight, scale, codes, *scales)
+            else:
+                fine = equal_fp8(weight, scale, stored["weight"], stored["weight_scale"])
+            return fine & self._usable(stored, "input_global_scale"), fine  # only powers of two are shown equal
         shape = (len(self.specs), *self.specs[0].shape)
-        weight = torch.empty(shape, dtype=torch.bfloat16, device=self.case.device)
-        for row, write in zip(weight, self.weights, strict=True):
+        weights = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        for row, write in zip(weights, self.weights, strict=True):
             write(row)
-        decoded = self.scheme.decode(stored)["weight"]
-        same = decoded.view(torch.int32) == weight.to(torch.float32).view(torch.int32)
-        # Equal NaN or Inf are not equal weights; a sum has them if one element has.
-        return same.flatten(1).all(dim=1) & decoded.flatten(1).sum(dim=1).isfinite()
+        powers = (torch.frexp(self.scheme.unit(stored).reshape(len(weights), -1)).mantissa == 0.5).all(dim=1)
+        return self._equal_numbers(stored, weights) & self._usable(stored, "scale"), powers
+
+    def _usable(self, stored: Mapping[str, Tensor], ending: str) -> Tensor:
+        """Of which linears every scale of this ending is positive and finite; Bool [T]."""
+        fine = torch.ones(len(self.specs), dtype=torch.bool, device=self.case.device)
+        for suffix in (suffix for suffix in stored if suffix.endswith(ending)):
+            number = self.scheme.numbers(stored[suffix])
+            fine &= (number.isfinite() & (number > 0)).flatten(1).all(dim=1)
+        return fine
+
+    def _equal_numbers(self, stored: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+        rows, columns = weights.shape[1:]
+        step = rows if weights.is_cuda else max(1, TILE // columns // _BAND) * _BAND
+        fine = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
+        for start in range(0, rows, step):
+            part = {suffix: self._rows(suffix, tensor, start, start + step) for suffix, tensor in stored.items()}
+            decoded = self.scheme.decode(part)["weight"]
+            same = decoded.view(torch.int32) == weights[:, start : start + step].to(torch.float32).view(torch.int32)
+            # Equal NaN or Inf are not equal weights; a sum in F64 has them if one element has, and only then.
+            fine &= same.flatten(1).all(dim=1) & decoded.flatten(1).sum(dim=1, dtype=torch.float64).isfinite()
+        return fine
+
+    def _rows(self, suffix: str, tensor: Tensor, start: int, end: int) -> Tensor:
+        """Of a stored tensor what belongs to some rows of the weight; `start` is a multiple of `_BAND`."""
+        if tensor.ndim < 3:
+            return tensor
+        height = _BAND if self.scheme.in_squares and suffix.endswith("scale") else 1
+        return tensor[:, start // height : -(-end // height)]
+
+
+def is_packed(case: Case, spec: TensorSpec) -> bool:
+    """Whether the source has a weight in a form whose codes can be compared with those of the artifact."""
+    source, scheme = case.source, case.contract.schemes[spec.module]
+    if not isinstance(source, NativeCheckpoint) or spec.name not in source.quantized:
+        return False
+    return (source.quantized[spec.name].form == MXFP4) == (scheme.format == NVFP4) and scheme.format in (NVFP4, FP8)
+
+
+def _stacked(
+    names: Sequence[str], dtype: str, shape: Shape, read: Callable[[str, memoryview], None], *, pinned: bool
+) -> Tensor:
+    """Tensors of one dtype and shape, read into one [T, ...]."""
+    stack = torch.empty((len(names), *shape), dtype=torch_dtypes()[dtype], pin_memory=pinned)
+    for name, row in zip(names, stack, strict=True):
+        read(name, row.reshape(-1).view(torch.uint8).numpy().data)
+    return stack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,8 @@ from dsv4q.verify.schemes import StoredScheme
 if TYPE_CHECKING:
     import torch
 
+COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+"""Endings of names that only an artifact has."""
 FLOATS = ("BF16", "F16", "F32", "F64")
 BATCH_BYTES = 1 << 28
 """Decoded F32 values of linears that are judged together, at most; one linear is always allowed."""
@@ -112,6 +114,8 @@ class Case:
     log: Log
     device: torch.device | None = None
     """Where quantized weights are judged; None: no value is looked at."""
+    promised: frozenset[str] = frozenset()
+    """Linears that are exact wherever the source allows it, as the artifact's own recipe says."""
     sound: dict[str, Header] = field(default_factory=dict)
     """Tensors that must be there and are, once, with the right dtype and shape."""
     errors: dict[str, ClassErrors] = field(default_factory=lambda: defaultdict(ClassErrors))
@@ -120,6 +124,17 @@ class Case:
     """Linears by role that were seen to be their source bit for bit and are not in `errors`."""
     rounded: set[str] = field(default_factory=set)
     """Groups of which a whole batch was not exact; their other linears are judged one by one at once."""
+
+    def apart(self) -> Case:
+        """The same case with nothing found out yet: for another thread."""
+        return replace(self, log=Log(), errors=defaultdict(ClassErrors))
+
+    def take(self, other: Case) -> None:
+        """Add what has been found out apart."""
+        self.log.differences += other.log.differences
+        self.log.checks.update(other.log.checks)
+        for role, errors in other.errors.items():
+            self.errors[role].merge(errors)
 
     def differs(self, check: str, name: str, expected: str, found: str) -> None:
         """Log a difference of one tensor."""
@@ -147,11 +162,13 @@ class ValueCheck(Protocol):
     """What the progress bar says meanwhile."""
     size: int
     """Bytes of the artifact that it deals with."""
+    read: int
+    """Bytes that it reads, of the artifact and of the source as it lies on disk."""
     memory: int
-    """Bytes that it holds between `load` and the end of `judge`."""
+    """Bytes that it holds between the begin of `load` and the end of `judge`."""
 
     def load(self) -> None:
-        """Read, and compare what the host compares."""
+        """Read, and judge what the host judges."""
 
     def judge(self) -> None:
         """Say what is wrong."""

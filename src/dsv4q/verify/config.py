@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv4q.layout import Dims, TensorSpec
+from dsv4q.layout import SLIDING, Dims, TensorSpec
 from dsv4q.verify.library import library_scheme
 from dsv4q.verify.result import Log
 from dsv4q.verify.schemes import FP8, INT, NVFP4, Refused, StoredScheme, closed_scheme
@@ -20,6 +20,7 @@ from dsv4q.verify.simulation import CONFIG, Patterns, Simulation, TargetGroup
 
 # Fields of compressed-tensors 0.17 (`quantization/quant_config.py`, `quant_scheme.py`, `quant_args.py`), which refuses
 # unknown ones in groups and arguments; `version`, `sparsity_config` and `transform_config` are read by its consumers.
+ARCHITECTURE = "DeepseekV4ForCausalLM"
 TOP_FIELDS = frozenset({
     "config_groups", "quant_method", "kv_cache_scheme", "format", "quantization_status", "global_compression_ratio",
     "ignore", "version", "sparsity_config", "transform_config",
@@ -68,6 +69,22 @@ def judge_config(
     ignore = Patterns(_strings(quantization.get("ignore"), "ignore", log), "ignore", log)
     _check_top(quantization, groups, log)
     return Simulation(dims, groups, ignore, log).run(specs)
+
+
+def judge_model_config(config: Mapping[str, Any], dims: Dims, log: Log) -> None:
+    """What of config.json decides how the consumer reads the files, without a source to compare with.
+
+    vLLM takes the class from `architectures`, and the attention of a draft layer from the entry of `compress_ratios`
+    behind those of the main layers.
+    """
+    log.looked_at("config")
+    architectures = config.get("architectures", [ARCHITECTURE])
+    if architectures != [ARCHITECTURE]:
+        _wrong(log, f"architectures: {[ARCHITECTURE]}", repr(architectures)[:80])
+    draft = config["compress_ratios"][dims.layers :][: dims.mtp_layers]
+    if draft != [SLIDING] * dims.mtp_layers:
+        expected = f"compress_ratios with {dims.mtp_layers} times {SLIDING} behind those of the main layers"
+        _wrong(log, expected, repr(draft))
 
 
 # ------------------------------------------------------------------------------------------------ fields

@@ -59,7 +59,12 @@ class Headers:
     """As the index says."""
     sizes: dict[str, int]
     """Shard -> bytes of the file, of those that could be read."""
-    shards: int
+    on_disk: frozenset[str]
+    """Shards in the folder."""
+
+    @property
+    def shards(self) -> int:
+        return len(self.on_disk)
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +75,7 @@ class Headers:
 
 
 def check_files(root: Path, headers: Headers, recipe: bool, log: Log) -> None:
-    """The files that must be there (`recipe`: recipe.yaml too), readable by others; no remains of an unfinished run."""
+    """The files that must be there (`recipe`: recipe.yaml too), all readable by others; no remains of a run."""
     required = ["config.json", INDEX, *(["recipe.yaml"] if recipe else []), *sorted(set(headers.index.values()))]
     for name in required:
         log.looked_at("files")
@@ -81,12 +86,27 @@ def check_files(root: Path, headers: Headers, recipe: bool, log: Log) -> None:
             continue
         if not stat.S_ISREG(mode):
             log.differs("files", file=name, expected="a regular file", found=stat.filemode(mode))
-        elif mode & 0o444 != 0o444:
-            found = f"{stat.S_IMODE(mode):04o}"
-            log.differs("files", file=name, expected="a file that everybody may read (0644)", found=found)
+    _check_modes(root, log)
     for path in sorted(root.iterdir()):
         if path.name.endswith((".partial", ".tmp")) or path.name == ".dsv4q":
             log.differs("files", file=path.name, expected="no remains of an unfinished run", found=path.name)
+
+
+def _check_modes(root: Path, log: Log) -> None:
+    """Who serves the artifact is seldom who made it: every file may be read, every folder in it be entered, by all."""
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            log.differs("files", file=str(name), expected="a file", found=error.strerror)
+            continue
+        wanted, kind = (0o555, "folder") if stat.S_ISDIR(mode) else (0o444, "file")
+        if mode & wanted != wanted and (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            expected = f"a {kind} that everybody may read ({'0755' if kind == 'folder' else '0644'})"
+            log.differs("files", file=str(name), expected=expected, found=f"{stat.S_IMODE(mode):04o}")
 
 
 def _check_names(files: Sequence[str], named: set[str], log: Log) -> None:
@@ -130,7 +150,7 @@ def read_shards(root: Path, log: Log) -> Headers:
         sizes[file], entries = read
         for name, header in entries.items():
             holders[name].append(header)
-    return Headers(dict(holders), frozenset(unread), index, total_size, sizes, len(files))
+    return Headers(dict(holders), frozenset(unread), index, total_size, sizes, frozenset(on_disk))
 
 
 def _read_index(root: Path, log: Log) -> tuple[dict[str, str], object]:
@@ -176,14 +196,16 @@ def read_header(root: Path, file: str, log: Log) -> tuple[int, dict[str, Header]
             if not 2 <= length <= min(size - 8, MAX_HEADER):
                 bad(f"a header length that fits {size:,} bytes", f"{length:,}")
                 return None
-            header = json.loads(stream.read(length))
+            header = _header_json(stream.read(length))
     except (OSError, ValueError, RecursionError) as error:
         bad("a header that can be read", error)
         return None
     if not isinstance(header, dict):
         bad("a JSON object as header", type(header).__name__)
         return None
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        bad("__metadata__ with strings alone, or safetensors refuses the file", repr(metadata))
     entries = {}
     for name, info in header.items():
         entry = _entry(file, info, 8 + length, size)
@@ -193,6 +215,27 @@ def read_header(root: Path, file: str, log: Log) -> tuple[int, dict[str, Header]
             entries[name] = entry
     _check_tiling(entries, 8 + length, size, bad)
     return size, entries
+
+
+def _header_json(raw: bytes) -> object:
+    """As strict as safetensors is, and the format: UTF-8, numbers that are some, each key once.
+
+    Raises:
+        ValueError: it is not; says why.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"the key {twice!a} is there twice")
+        "".join(made).encode()  # a lone surrogate is no text
+        return made
+
+    def refuse(constant: str) -> object:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
 
 
 def _entry(file: str, info: object, base: int, size: int) -> Header | None:
@@ -225,6 +268,11 @@ def check_index(headers: Headers, log: Log) -> None:
     """Index and headers agree in both directions; total_size is the exact sum."""
     if not headers.index:
         return
+    for file, count in Counter(headers.index.values()).items():
+        # Readers compare names as text: another way to the same file is another file, or none.
+        if file not in headers.on_disk and not _SHARD.fullmatch(file):
+            found = f"{file!a} for {count:,} tensors"
+            log.differs("index", file=INDEX, expected="plain names of shards, model-00001-of-000NN", found=found)
     for name, file in headers.index.items():
         log.looked_at("index")
         holders = headers.holders.get(name, [])

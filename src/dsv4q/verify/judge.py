@@ -12,8 +12,8 @@ A checkpoint without quantization_config is plain: every tensor of the layout in
 There is one judge. `verify` feeds it all shards at once, so that differences are told in the order of the layout and a
 linear may lie in several shards; `rehearse` feeds it each shard as it becomes whole, and deletes it.
 
-Headers are judged without torch. Values are read, moved and compared a few at a time while one is judged, so memory is
-`pipes.BUDGET` and the temporaries of one linear, or one tensor where a single one is larger.
+Headers are judged without torch. Values are read by one thread for each core. For a GPU these read ahead, and memory is
+`pipes.BUDGET` and the temporaries of one linear; on a CPU each judges what it has read, in `THREAD_BYTES`.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ from typing import TYPE_CHECKING, Any
 from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.checkpoint.headers import TensorEntry
 from dsv4q.checkpoint.native import scan_source
-from dsv4q.checkpoint.pipes import loaded_ahead
+from dsv4q.checkpoint.pipes import BUDGET, THREADS, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError, VerificationFailed, command
-from dsv4q.host import usable_device
+from dsv4q.host import compute_alone, cores, usable_device
 from dsv4q.layout import Dims
-from dsv4q.verify.case import Case, Contract
+from dsv4q.verify.case import COMPRESSED, Case, Contract
+from dsv4q.verify.config import judge_model_config
+from dsv4q.verify.exactness import promised_linears
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
-from dsv4q.verify.result import Difference, Log, VerifyResult
+from dsv4q.verify.result import Difference, Log, VerifyResult, reason
 from dsv4q.verify.schemes import FP8
-from dsv4q.verify.source import compare_folders
+from dsv4q.verify.source import compare_folders, require_comparable
 
 if TYPE_CHECKING:
     import torch
 
+    from dsv4q.verify.case import ValueCheck
     from dsv4q.verify.values import ValueChecks
 
 __all__ = ["Difference", "Judge", "VerifyResult", "require_verified", "verify", "verify_headers"]
 
-_COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+THREAD_BYTES = 256 << 20
+"""What a thread holds that reads and judges on a CPU."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, bytes done, bytes in all."""
@@ -69,15 +73,15 @@ def verify(
     Args:
         artifact: its folder.
         source: the checkpoint it was made of, BF16 or native; compares untouched tensors byte by byte, re-encodes
-            quantized ones. What of it is damaged is a difference, and the rest is compared.
+            quantized ones. What of it is damaged is a difference, and the rest is compared, also if reading fails.
         deep: look at every value: scales finite and positive, pairs equal, no NaN.
         progress: called with a label, bytes done and bytes in all.
         device: where quantized weights are encoded and compared: auto, cpu, cuda or cuda:N.
 
     Raises:
         DeviceError: no such device.
-        WeightError: a native source has values that are not numbers.
-        SourceError: artifact or source has no config.json, or not one of a DeepSeek-V4; reading fails.
+        SourceError: artifact or source has no config.json, or not one of a DeepSeek-V4; nothing of the source can be
+            compared.
     """
     begin = time.monotonic()
     if not artifact.is_dir():
@@ -89,9 +93,14 @@ def verify(
     check_files(artifact, headers, not plain, log)
     check_index(headers, log)
     contract = Contract.of(config, dims, log, plain=plain)
+    if source is None:
+        judge_model_config(config, dims, log)
+    promised = frozenset() if plain else promised_linears(artifact, contract.specs, log)
     place = usable_device(device) if deep or source is not None else None
     with nullcontext() if source is None else scan_source(source) as original:
-        judge = Judge(artifact, contract, log, source=original, deep=deep, device=place)
+        if original is not None:
+            require_comparable(original, contract)
+        judge = Judge(artifact, contract, log, source=original, deep=deep, device=place, promised=promised)
         judge.all_shards(headers, progress)
     return VerifyResult(
         artifact=str(artifact),
@@ -103,6 +112,7 @@ def verify(
         checks=dict(log.checks),
         differences=tuple(log.differences),
         errors={role: stats.as_dict() for role, stats in judge.case.errors.items()},
+        bytes_read=judge.bytes_read,
         seconds=time.monotonic() - begin,
     )
 
@@ -129,7 +139,7 @@ def require_verified(out: Path) -> VerifyResult:
 def _is_plain(config: Mapping[str, Any], headers: Headers) -> bool:
     """No quantization_config, and no tensor that only an artifact has: one that lost its config must not pass."""
     names = headers.holders.keys() | headers.index.keys()
-    return config.get("quantization_config") is None and not any(name.endswith(_COMPRESSED) for name in names)
+    return config.get("quantization_config") is None and not any(name.endswith(COMPRESSED) for name in names)
 
 
 class Judge:
@@ -144,6 +154,7 @@ class Judge:
         source: what the artifact is made of.
         deep: look at every value.
         device: where quantized weights are judged; None: no value is looked at.
+        promised: linears that are exact wherever the source allows it, as the artifact's own recipe says.
         quick: judge linears in batches, and leave those that are exact out of the statistics.
     """
 
@@ -156,13 +167,16 @@ class Judge:
         source: Checkpoint | None = None,
         deep: bool = False,
         device: torch.device | None = None,
+        promised: frozenset[str] = frozenset(),
         quick: bool = False,
     ) -> None:
         self.contract, self.log, self.quick = contract, log, quick
         # Only the judge's own headers say where a tensor lies; the reader brings its bytes.
         artifact = Checkpoint(root, dict(contract.config), {}, {}, (), True, root / "config.json")
-        self.case = Case(contract, artifact, source, deep, log, device)
+        self.case = Case(contract, artifact, source, deep, log, device, promised)
         self.shards, self.tensors, self.mtp_tensors, self.nbytes = 0, 0, 0, 0
+        self.bytes_read = 0
+        """Of values: of the artifact, and of the source as it lies on disk."""
         self._owed = dict.fromkeys(contract.tensors)
         self._split = set(contract.schemes)
         """Quantized linears that no shard so far held as a whole."""
@@ -191,6 +205,7 @@ class Judge:
             compare_folders(self.case)
         before = len(self.log.differences)
         self._judge_values(list(self.case.sound), progress)
+        self._judge_inputs()
         # Linears are judged in batches of one shape; what is wrong is told in the layout's order.
         order = {module: number for number, module in enumerate(self.contract.schemes)}
         self.log.differences[before:] = sorted(
@@ -235,6 +250,7 @@ class Judge:
         for name in list(self._owed):
             self._misses(name, None, "no such tensor in any shard")
         self._check_attention_scales()
+        self._judge_inputs()
         if not self.log.differences:
             for module in sorted(self._split):
                 expected, found = "all tensors of a linear in one shard", "parts of it in several, not judged"
@@ -294,14 +310,27 @@ class Judge:
             self._values = ValueChecks(self.case, quick=self.quick)
         total, done = sum(self.case.sound[name].nbytes for name in names), 0
         checks = self._values.of(names)
-        with self.case.artifact, loaded_ahead(checks, lambda one: one.load(), lambda one: one.memory) as loaded:
-            for check, _ in loaded:
-                check.judge()
+        threads = THREADS if self.quick else max(THREADS, cores())
+        room = BUDGET if self.quick or self.case.device.type != "cpu" else threads * THREAD_BYTES
+        ahead = loaded_ahead(checks, _load, lambda one: one.memory, budget=room, threads=threads, begin=compute_alone)
+        with self.case.artifact, ahead as loaded:
+            for check, error in loaded:
+                if error is None:
+                    check.judge()
+                else:
+                    expected = f"tensors of {check.label} that can be read"
+                    self.log.differs("values", file=str(error.where), expected=expected, found=reason(error))
                 done += check.size
+                self.bytes_read += check.read
                 if progress is not None:
                     progress(check.label, done, total)
         if progress is not None and done < total:  # linears that are not whole are not judged
             progress("done", total, total)
+
+    def _judge_inputs(self) -> None:
+        """Input scales against each other, now that all have been read."""
+        if self._values is not None:
+            self._values.inputs.judge(self.case)
 
     def _own_stream(self) -> AbstractContextManager[object]:
         """On a GPU, or the judge's work would wait for the run's, and the run's for it."""
@@ -312,6 +341,15 @@ class Judge:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.case.device)
         return torch.cuda.stream(self._stream)
+
+
+def _load(check: ValueCheck) -> SourceError | None:
+    """Load; an artifact that cannot be read is no reason to lose what has been found."""
+    try:
+        check.load()
+    except SourceError as error:
+        return error
+    return None
 
 
 def _set_check(name: str) -> str:

@@ -9,7 +9,7 @@ Source: compressed-tensors 0.19 `quantization/lifecycle/initialize.py`, `compres
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -166,8 +166,8 @@ class LibraryScheme(StoredScheme):
             return number
         return torch.exp2(number - 127).masked_fill(scale == _E8M0_NAN, float("nan"))
 
-    def value_tensors(self, stored: Mapping[str, Tensor]) -> tuple[str, ...]:
-        return tuple(suffix for suffix in stored if not suffix.endswith("scale"))
+    def value_tensors(self, suffixes: Collection[str]) -> tuple[str, ...]:
+        return tuple(suffix for suffix in suffixes if not suffix.endswith("scale"))
 
     def undecodable(self, stored: Mapping[str, Tensor], shape: Shape) -> Iterator[Fault]:
         if self.format == INT:

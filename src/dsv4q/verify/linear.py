@@ -5,25 +5,43 @@ grids that `bounds.py` knows. Of every other format it is demanded that the erro
 a grid that has zero, rounded to nearest, cannot be farther off, and another expert's weight is so by a factor of
 sqrt(2). What passes nevertheless is a scale wrong by a small factor, encoded anew.
 
-Memory: one linear at a time is judged, with its source as F32 and some temporaries of that size; the next are loaded.
+Memory: a GPU judges one linear at a time, with its source as F32 and some temporaries of that size, while the next are
+loaded. On a CPU each thread judges one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from dsv4q.checkpoint.native import entries_of
+from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.compare import tensor_error
 from dsv4q.formats.error import TensorError
 from dsv4q.layout import TensorSpec
 from dsv4q.verify.bounds import Blocks, dishonest_scales, far_elements, powers_of_two
 from dsv4q.verify.case import Case
-from dsv4q.verify.schemes import Refused, StoredScheme, ValueGrid, place
+from dsv4q.verify.exactness import Exponents, fp8_possible, have_one_window
+from dsv4q.verify.result import reason
+from dsv4q.verify.schemes import FP8, NVFP4, Refused, StoredScheme, ValueGrid, place
 
 _MOST = 1.0
 """Largest relative error, in Frobenius norms, where no sharper bound is derived."""
+
+
+_BF16, _F32 = 2.0**-8, 2.0**-22
+"""Relative rounding of a quotient, with room for the products around it."""
+_Unequal = tuple[Tensor, Tensor, Tensor]
+HOST_PASSES = 8
+"""Times the bytes of a BF16 weight that a CPU has in memory while it judges one linear."""
+
+
+def bytes_on_disk(case: Case, specs: Iterable[TensorSpec]) -> int:
+    """Of what the source has of these weights."""
+    source = case.source
+    return 0 if source is None else sum(e.nbytes for spec in specs for e in entries_of(source, spec.name))
 
 
 class SharedScales:
@@ -33,7 +51,7 @@ class SharedScales:
         """`pairs`: a scale of w1 -> the same of w3; `kept`: those of them that were read before, from other shards."""
         self.case, self.pairs, self.kept = case, pairs, kept
         self.label = "experts' scales"
-        self.size, self.memory = 0, 0
+        self.size, self.read, self.memory = 0, 0, 0
         self.values: dict[str, Tensor] = {}
 
     def load(self) -> None:
@@ -54,28 +72,61 @@ class Linear:
     """One quantized linear, all of whose tensors are sound by their headers.
 
     Args:
-        shared: what it has in common with its partner.
+        pairs, kept: what it has in common with its partner; see `SharedScales`.
     """
 
-    def __init__(self, case: Case, spec: TensorSpec, scheme: StoredScheme, shared: SharedScales) -> None:
-        self.case, self.spec, self.scheme, self.shared = case, spec, scheme, shared
+    def __init__(
+        self, case: Case, spec: TensorSpec, scheme: StoredScheme, pairs: Mapping[str, str], kept: Mapping[str, Tensor]
+    ) -> None:
+        self.all, self.case = case, case.apart()
+        self.spec, self.scheme, self.shared = spec, scheme, SharedScales(self.case, pairs, kept)
         self.names = {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
         self.label = spec.block
         self.size = sum(case.sound[name].nbytes for name in self.names.values())
-        self.memory = self.size + (0 if case.source is None else spec.nbytes)
+        self.read = self.size + bytes_on_disk(case, [spec])
+        self.on_host = case.device is not None and case.device.type == "cpu"
+        self.memory = self.size + (0 if case.source is None else spec.nbytes * (HOST_PASSES if self.on_host else 1))
         self.stored: dict[str, Tensor] = {}
         self.weight: Tensor | None = None
+        self.judged = False
+        self.lost: SourceError | None = None
+        """Why the artifact's tensors are not there."""
+        self.unread: SourceError | WeightError | None = None
+        """Why the source's weight is not there."""
 
     def load(self) -> None:
-        """Everything from the disk to the device."""
+        """Everything from the disk to the device; on the host, judge too."""
         case = self.case
-        self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
-        self.shared.load()
+        try:
+            self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
+            self.shared.load()
+        except SourceError as error:
+            self.lost = error
+            return
         if case.source is not None and case.source_fault(self.spec) is None and not case.is_lost(self.spec.name):
             assert case.device is not None, "values are judged on a device"
-            self.weight = case.source.tensor_on(self.spec.name, case.device)
+            try:
+                self.weight = case.source.tensor_on(self.spec.name, case.device)
+            except (SourceError, WeightError) as error:
+                self.unread = error
+        if self.on_host:
+            self._judge()
+            self.judged = True
 
     def judge(self) -> None:
+        if not self.judged:
+            self._judge()
+        self.all.take(self.case)
+
+    def _judge(self) -> None:
+        if self.lost is None:
+            self._look()
+        else:
+            name = next(iter(self.names.values()))
+            self.case.differs("values", name, "tensors that can be read", reason(self.lost))
+        self.stored, self.weight = {}, None
+
+    def _look(self) -> None:
         case, usable = self.case, self._scales()
         for fault in self.scheme.undecodable(self.stored, self.spec.shape):
             self._told_of_values(*fault)
@@ -85,6 +136,9 @@ class Linear:
             for fault in self.scheme.impossible(self.stored, self.spec.shape):
                 self._told_of_values(*fault)
         self.shared.judge()
+        if self.unread is not None:
+            case.differs("source", self.spec.name, "a weight of the source that can be read", reason(self.unread))
+            return
         if case.source is None or not usable or case.is_lost(self.spec.name):
             return
         why_not = case.source_fault(self.spec)
@@ -132,29 +186,78 @@ class Linear:
 
     def _decoded_and_encoded(self, weight: Tensor) -> None:
         decoded, full = self.scheme.decode(self.stored), weight.float()
+        # encode divides in the promoted dtype; only BF16 by BF16 rounds the quotient to BF16.
+        bf16 = weight.dtype == self.stored["weight_scale"].dtype == torch.bfloat16
         unit = self.scheme.unit(decoded)
         error = tensor_error(full, decoded["weight"])
         errors = self.case.errors[self.spec.role]
         errors.add(self.spec.module, error)
         errors.power_of_two_scales += powers_of_two(unit)
-        if not self._reencodes(weight, decoded):
+        if not self._reencodes(weight, decoded, _BF16 if bf16 else _F32):
             return
+        self._is_as_exact_as_it_could_be(full, decoded["weight"], len(unit), error)
         self.case.log.looked_at("error")
         if self.scheme.grid is None:
             self._not_worse_than_nothing(error)
             return
         weights = [self.scheme.blocks(one, len(unit)) for one in (full, decoded["weight"])]
         blocks = Blocks(weights[0], weights[1], unit)
-        # encode divides in the promoted dtype; only BF16 by BF16 rounds the quotient to BF16.
-        bf16 = weight.dtype == self.stored["weight_scale"].dtype == torch.bfloat16
         self._bounds(blocks, self.scheme.grid, bf16_quotient=bf16)
 
-    def _reencodes(self, weight: Tensor, decoded: Mapping[str, Tensor]) -> bool:
-        """All that these scales give is what is stored, with every -0 kept or with none."""
-        tries = []
+    def _is_as_exact_as_it_could_be(self, full: Tensor, decoded: Tensor, count: int, error: TensorError) -> None:
+        """Count it if all of it could be exact; where the recipe says so, each block that could be must be."""
+        blocks, stored = (self.scheme.blocks(one, count) for one in (full, decoded))
+        if self.scheme.format == NVFP4:
+            global_scale = float(self.stored["weight_global_scale"])
+            exponents = Exponents.of(blocks)
+            possible, all_of_it = exponents.under(global_scale), have_one_window(exponents.ends())
+        elif self.scheme.format == FP8:
+            possible = fp8_possible(blocks)
+            all_of_it = bool(possible.all())
+        else:
+            return
+        is_exact = error.exact_fraction == 1.0
+        self.case.errors[self.spec.role].could_be_exact += all_of_it and not is_exact
+        if is_exact or self.spec.module not in self.case.promised:
+            return
+        lost = (blocks.view(torch.int32) != stored.view(torch.int32)).any(dim=-1)
+        if all_of_it and self.scheme.format == NVFP4 and have_one_window(exponents.ends(), *self._partner()):
+            possible = torch.ones_like(possible)
+        missed = possible & lost
+        if bool(missed.any()):
+            scale = self.stored["weight_scale"]
+            where = list(divmod(int(missed.nonzero()[0]), scale.shape[-1]))
+            found = f"{int(missed.sum()):,} of {missed.numel():,} blocks are not, the first at {where}"
+            expected = "exact blocks: the source is on the grid, and recipe.yaml names an exact observer"
+            self.case.differs("exact", self.names["weight_scale"], expected, found)
+
+    def _partner(self) -> Iterator[tuple[int, int] | None]:
+        """`Exponents.ends` of the linear that shares the global scale, if there is one."""
+        expert, _, projection = self.spec.module.rpartition(".")
+        other = f"{expert}.{ {'w1': 'w3', 'w3': 'w1'}.get(projection, '') }.weight"
+        source, spec = self.case.source, self.case.contract.specs.get(other)
+        if source is None or spec is None or self.case.source_fault(spec) is not None or self.case.is_lost(other):
+            return
+        assert self.case.device is not None
+        try:
+            weight = source.tensor_on(other, self.case.device).float()
+        except (SourceError, WeightError):
+            return
+        yield Exponents.of(weight.reshape(-1, 16)).ends()
+
+    def _reencodes(self, weight: Tensor, decoded: Mapping[str, Tensor], rounding: float) -> bool:
+        """Every stored code is a nearest one of its quotient, with every -0 kept or with none.
+
+        Eager encoders round the quotient to the promoted dtype, kernels to F32, so near the middle of two values either
+        is right: what lies between the codes of the quotients that `rounding` (relative) allows.
+        """
+        tries, between = [], None
         for keep in (True, False):
             encoded = self.scheme.encode(weight, decoded, keep_negative_zero=keep)
             unequal = dict(self._unequal(encoded))
+            if unequal:
+                between = self._between(weight, decoded, rounding) if between is None else between
+                unequal = self._wrong(unequal, encoded, decoded, between)
             if not unequal:
                 return True
             tries.append(unequal)
@@ -169,7 +272,33 @@ class Linear:
             self.case.differs("encoding", self.names[suffix], expected, found)
         return False
 
-    def _unequal(self, encoded: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    def _between(self, weight: Tensor, decoded: Mapping[str, Tensor], rounding: float) -> Tensor:
+        """Bool [out, in]: where the stored value lies between those of the smallest and the largest quotient."""
+        ends = []
+        for factor in (1 - rounding, 1 + rounding):
+            encoded = self.scheme.encode(weight.float() * factor, decoded, keep_negative_zero=True)
+            ends.append(self.scheme.decode({**self.stored, **encoded})["weight"])
+        value = decoded["weight"]
+        return (value >= torch.minimum(*ends)) & (value <= torch.maximum(*ends))
+
+    def _wrong(
+        self, unequal: dict[str, _Unequal], encoded: Mapping[str, Tensor], decoded: Mapping[str, Tensor], right: Tensor
+    ) -> dict[str, _Unequal]:
+        """Of the tensors that differ those that are wrong, and where: a code that is right has the right sign too."""
+        again = self.scheme.decode({**self.stored, **encoded})["weight"]
+        wrong = ~right | (again.signbit() != decoded["weight"].signbit())
+        if not bool(wrong.any()):
+            return {}
+        found = {}
+        for suffix, (mask, ours, theirs) in unequal.items():
+            values = wrong.shape[1] // mask.shape[-1]
+            if mask.ndim == 2 and mask.shape[-1] * values == wrong.shape[1]:
+                mask = mask & wrong.unflatten(1, (-1, values)).any(dim=-1)
+            if bool(mask.any()):
+                found[suffix] = mask, ours, theirs
+        return found
+
+    def _unequal(self, encoded: Mapping[str, Tensor]) -> Iterator[tuple[str, _Unequal]]:
         """Tensors that differ: where, the source's bytes, the artifact's bytes."""
         for suffix, tensor in self.stored.items():
             if suffix.startswith("weight") and suffix in encoded:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dsv4q.errors import Dsv4qError
 from dsv4q.formats.error import Errors, sqnr_db
 
 
@@ -15,7 +16,8 @@ class Difference:
     """One fact that is not as the contract wants it."""
 
     check: str
-    """files, index, headers, config, targets, tensors, mtp, scales, pairs, values, bytes, encoding, error or source."""
+    """files, index, headers, config, targets, tensors, mtp, scales, pairs, inputs, values, bytes, encoding, exact,
+    error or source."""
     tensor: str | None
     file: str | None
     expected: str
@@ -36,20 +38,30 @@ class ClassErrors(Errors):
 
     power_of_two_scales: int = 0
     """Linears all of whose scales are powers of two: the consumer keeps such FP8 scales as they are."""
+    could_be_exact: int = 0
+    """Linears that are not exact, but could be under other scales."""
+
+    def merge(self, other: Errors) -> None:
+        super().merge(other)
+        if isinstance(other, ClassErrors):
+            self.each |= other.each
+            self.power_of_two_scales += other.power_of_two_scales
+            self.could_be_exact += other.could_be_exact
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`; a ratio without noise is null, and of equally bad linears the first is the worst."""
+        """For `--json`; a ratio is null without noise and with nothing else, of equal linears the first is worst."""
         errors = [error.relative for error in self.each.values()]
         ratios = [ratio for ratio in map(sqnr_db, errors) if ratio is not None]
         return {
             "tensors": self.tensors,
             "exact": self.exact,
+            "could_be_exact": self.could_be_exact,
             "max_abs_error": self.max_abs_error,
             "power_of_two_scales": self.power_of_two_scales,
             "max_relative_error": max(errors, default=0.0),
             "worst": max(self.each, key=lambda name: self.each[name].relative, default=None),
             "mean_relative_error": math.fsum(errors) / len(errors) if errors else 0.0,
-            "min_sqnr_db": min(ratios, default=None),
+            "min_sqnr_db": None if math.inf in errors else min(ratios, default=None),
         }
 
 
@@ -70,6 +82,8 @@ class VerifyResult:
     differences: tuple[Difference, ...]
     errors: dict[str, dict[str, Any]]
     """Weight error by tensor class (`ClassErrors.as_dict`); empty without a source."""
+    bytes_read: int
+    """Of tensor data, of the artifact and of the source as it lies on disk; 0 if only headers were read."""
     seconds: float
 
     @property
@@ -100,6 +114,7 @@ class VerifyResult:
             "differences": [difference.as_dict() for difference in self.differences],
             "errors": self.errors,
             "exactness": self.exactness(),
+            "bytes_read": self.bytes_read,
             "seconds": round(self.seconds, 3),
         }
 
@@ -118,6 +133,12 @@ class Log:
         self, check: str, *, expected: object, found: object, tensor: str | None = None, file: str | None = None
     ) -> None:
         self.differences.append(Difference(check, tensor, file, str(expected), str(found)))
+
+
+def reason(error: Dsv4qError, *more: str | None) -> str:
+    """Why something could not be read, what follows, and what to do."""
+    what = error.what if error.found is None else f"{error.what}: {error.found}"
+    return "; ".join(part for part in (what, *more, error.hint) if part)
 
 
 def few(names: list[str], most: int = 3) -> str:

@@ -9,7 +9,7 @@ Source: contract.md; compressed-tensors' compressors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -137,9 +137,9 @@ class StoredScheme(ABC):
         """A stored scale as F32."""
         return scale.float()
 
-    def value_tensors(self, stored: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Suffixes of tensors whose values are looked at; `impossible` says what is wrong in them."""
-        return ("weight_packed" if "weight_packed" in stored else "weight",)
+    def value_tensors(self, suffixes: Collection[str]) -> tuple[str, ...]:
+        """Those of a linear's tensors whose values are looked at; `impossible` says what is wrong in them."""
+        return ("weight_packed" if "weight_packed" in suffixes else "weight",)
 
     def undecodable(self, stored: Mapping[str, Tensor], shape: Shape) -> Iterator[Fault]:
         """What forbids to decode a linear [out, in], scales aside."""

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from dsv4q.checkpoint.against_layout import compare_with_layout
 from dsv4q.checkpoint.headers import shown
 from dsv4q.checkpoint.native import entries_of
-from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.errors import SourceError
-from dsv4q.layout import Dims
-from dsv4q.verify.case import Case
+from dsv4q.verify.case import COMPRESSED, Case, Contract
+from dsv4q.verify.result import reason
+
+
+def require_comparable(source: Checkpoint, contract: Contract) -> None:
+    """Refuse a source that has nothing to compare with, or is itself an artifact.
+
+    Raises:
+        SourceError: says why, by the first problem.
+    """
+    require_weights(source)
+    is_artifact = any(name.endswith(COMPRESSED) for name in source.tensors)
+    if not is_artifact and any(name in source.tensors and source.is_whole(name) for name in contract.specs):
+        return
+    problems = source.problems or compare_with_layout(source, contract.dims)
+    first = problems[0]
+    what = "This source cannot be compared with anything: " + first.what[:1].lower() + first.what[1:]
+    raise SourceError(what, where=first.where, expected=first.expected, found=first.found, hint=first.hint)
 
 
 def compare_folders(case: Case) -> None:
@@ -41,7 +59,7 @@ def _tell_problems(case: Case, source: Checkpoint) -> None:
             "source",
             file=problem.where,
             expected=problem.expected or "a sound source",
-            found=_found(problem, count),
+            found=reason(problem, f"{count:,} of its tensors not compared" if count else None),
         )
     for file, count in lost.items():
         found = f"damaged ones; {count:,} of its tensors not compared"
@@ -62,21 +80,19 @@ def _is_about(problem: SourceError, source: Checkpoint, file: str) -> bool:
     return str(problem.where) == place or str(problem.where).startswith(f"{place}: ")
 
 
-def _found(problem: SourceError, count: int) -> str:
-    """What is wrong, what follows, and what to do."""
-    what = problem.what if problem.found is None else f"{problem.what}: {problem.found}"
-    follows = f"{count:,} of its tensors not compared" if count else None
-    return "; ".join(part for part in (what, follows, problem.hint) if part)
-
-
 def _compare_configs(case: Case, config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
-    """Every key kept. Without its draft, an artifact says so in num_nextn_predict_layers and compress_ratios."""
+    """Every key kept, as JSON has it: 1, 1.0 and true are three values.
+
+    Without its draft, an artifact says so in num_nextn_predict_layers, and compress_ratios may end with the main
+    layers. A private path may stay behind.
+    """
     dropped = config.get("num_nextn_predict_layers") == 0
     for key in sorted((config.keys() | source.keys()) - {"quantization_config"}):
         case.log.looked_at("source")
         ours, theirs = config.get(key, "no such key"), source.get(key, "no such key")
-        if key == "compress_ratios":
-            layers = Dims.from_config(config).layers
-            ours, theirs = (value[:layers] if isinstance(value, list) else value for value in (ours, theirs))
-        if ours != theirs and not (dropped and key == "num_nextn_predict_layers"):
+        if dropped and key == "compress_ratios" and isinstance(theirs, list) and len(ours) < len(theirs):
+            theirs = theirs[: case.contract.dims.layers]
+        if (dropped and key == "num_nextn_predict_layers") or (key == "_name_or_path" and key not in config):
+            continue
+        if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
             case.log.differs("source", file="config.json", expected=f"{key}: {theirs!r}", found=repr(ours))

@@ -7,12 +7,14 @@ from collections.abc import Container, Iterator, Sequence
 
 from torch import Tensor
 
+from dsv4q.checkpoint.native import entries_of
 from dsv4q.layout import TensorSpec
 from dsv4q.verify.batch import LinearBatch
 from dsv4q.verify.case import BATCH_BYTES, Case, ValueCheck
+from dsv4q.verify.inputs import SeenInputs, input_scales
 from dsv4q.verify.linear import Linear, SharedScales
 from dsv4q.verify.schemes import StoredScheme
-from dsv4q.verify.untouched import UntouchedTensor
+from dsv4q.verify.untouched import Pieces, UntouchedTensor
 
 _PARTNERS = {"w1": "w3", "w3": "w1"}
 
@@ -28,24 +30,26 @@ class ValueChecks:
         self.case, self.quick = case, quick
         self._kept: dict[str, Tensor] = {}
         """Scales that an expert's partner must have too, whose shard has not come yet."""
+        self._twins: dict[str, Pieces] = {}
+        self.inputs = SeenInputs()
 
     def of(self, names: Sequence[str]) -> Iterator[ValueCheck]:
         """All work on sound tensors: the untouched ones in this order, then the linears that are whole."""
         case = self.case
         for name in names:
             if name.rpartition(".")[0] not in case.contract.schemes:
-                yield from UntouchedTensor(case, name, case.sound[name]).checks()
+                yield from UntouchedTensor(case, name, case.sound[name], self._twins).checks()
         here = frozenset(names)
         batches: dict[tuple[object, ...], list[TensorSpec]] = defaultdict(list)
         pairs: dict[str, str] = {}
         for spec, scheme in case.contract.whole_linears(names):
             shared = self._shared(spec.module, scheme, here)
             if not self._goes_into_batch(spec, scheme):
-                yield Linear(case, spec, scheme, SharedScales(case, shared, self._kept))
+                yield Linear(case, spec, scheme, shared, self._kept)
                 continue
             pairs |= shared
             kinds = (case.sound[f"{spec.module}.{suffix}"].dtype for suffix in scheme.stored(spec.shape))
-            batch = batches[(scheme.group, spec.shape, *kinds)]
+            batch = batches[(scheme.group, spec.shape, *kinds, *self._kinds_in_source(spec))]
             batch.append(spec)
             if (len(batch) + 1) * 2 * spec.nbytes > BATCH_BYTES:
                 yield LinearBatch(case, scheme, tuple(batch), quick=self.quick)
@@ -54,12 +58,18 @@ class ValueChecks:
             yield LinearBatch(case, case.contract.schemes[batch[0].module], tuple(batch), quick=self.quick)
         if pairs:
             yield SharedScales(case, pairs, self._kept)
+        if case.deep:
+            yield from input_scales(case, dict.fromkeys(names), self.inputs)
 
     def _goes_into_batch(self, spec: TensorSpec, scheme: StoredScheme) -> bool:
         source = self.case.source
         if not scheme.in_batches or scheme.group in self.case.rounded or source is None or self.case.is_lost(spec.name):
             return False
         return self.case.source_fault(spec) is None and source.tensors[spec.name].dtype == "BF16"
+
+    def _kinds_in_source(self, spec: TensorSpec) -> tuple[str, ...]:
+        assert self.case.source is not None
+        return tuple(entry.dtype for entry in entries_of(self.case.source, spec.name))
 
     def _shared(self, module: str, scheme: StoredScheme, here: Container[str]) -> dict[str, str]:
         """Scales of w1 -> the same of w3, where this linear is the one that says whether they are equal.

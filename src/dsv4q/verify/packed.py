@@ -1,0 +1,162 @@
+"""Native weights against stored ones without widening either: codes are compared with codes, exponents with exponents.
+
+Where two codes have scales that are powers of two, their values are equal exactly if one code is the other one doubled
+as often as its scale is smaller. Doubling is exact and has one result or none, so nothing is rounded here, and what is
+called equal decodes to equal bits, -0 included. What is not shown equal may still be: it is compared as numbers then.
+
+Letters: T linears, M rows, N columns. Sources: OCP Microscaling Formats 1.0 (E2M1, E8M0), OCP FP8 1.0 (E4M3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+GROUPS = 1 << 16
+"""Groups of 16 columns that a CPU compares at once: half a megabyte of codes."""
+_MAGNITUDES, _ONES = 0x7777777777777777, 0x1111111111111111
+"""Of the 16 nibbles in a word: all bits but the signs; the lowest bits."""
+_DOUBLINGS = 3
+"""0.5 can be doubled so often before it leaves E2M1, 6 not once."""
+_E4M3_DOUBLINGS = 18
+"""Doublings after which of E4M3 nothing but zeros is left."""
+_REACH = (3, 246)
+"""E8M0 codes under which every E2M1 and E4M3 value is a normal number of BF16, or one of its subnormals."""
+
+
+@torch.no_grad()
+def equal_mxfp4(packed: Tensor, scale: Tensor, stored: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
+    """Which MXFP4 linears are shown to be equal to their NVFP4 form.
+
+    Args:
+        packed: U8 or I8 [T, M, N/2] of the source.
+        scale: E8M0 as F8_E8M0 or U8 [T, M, ceil(N/32)].
+        stored: U8 [T, M, N/2] of the artifact.
+        block_scale: F8_E4M3 [T, M, N/16].
+        global_scale: F32 [T, 1], a divisor.
+
+    Returns:
+        Bool [T]; true implies that every stored scale is positive and finite.
+    """
+    count, _, groups = block_scale.shape
+    fine, exponent = _powers_of_e4m3(block_scale)
+    fine &= _reachable(scale).flatten(1).all(dim=1)
+    bits = global_scale.reshape(count).view(torch.int32)
+    # Any E4M3 power divided by a global scale of these exponents is a normal F32.
+    fine &= _is_power_of_two(bits) & (bits >> 23 >= 8) & (bits >> 23 <= 244)
+    base = (bits >> 23).to(torch.int16).view(count, 1, 1) - 254
+    source = scale.view(torch.uint8).to(torch.int16).add_(base)
+    source = source.unsqueeze(-1).expand(*source.shape, 2).flatten(-2)[..., :groups]
+    shift = (source - exponent).reshape(count, -1)
+    mine, yours = (codes.view(torch.int64).reshape(count, -1) for codes in (packed, stored))
+    step = shift.shape[1] if shift.is_cuda else GROUPS
+    for parts in zip(*(torch.split(whole, step, dim=1) for whole in (mine, yours, shift)), strict=True):
+        fine &= _equal_words(*parts)
+    return fine
+
+
+def _equal_words(mine: Tensor, yours: Tensor, shift: Tensor) -> Tensor:
+    """Which rows of words [T, n], I64 of 16 nibbles, are equal; units of `yours` are 2^-shift of those of `mine`."""
+    fine = torch.ones(len(mine), dtype=torch.bool, device=mine.device)
+    place = ((mine != yours) | (shift != 0)).flatten().nonzero().flatten()
+    if not len(place):
+        return fine
+    left = shift.flatten().index_select(0, place)
+    one, other = (words.flatten().index_select(0, place) for words in (mine, yours))
+    low, high = torch.where(left < 0, other, one), torch.where(left < 0, one, other)
+    left = left.abs_().masked_fill_(low & _MAGNITUDES == 0, 0)
+    wrong = left > _DOUBLINGS
+    for done in range(_DOUBLINGS):
+        magnitude = low & _MAGNITUDES
+        # The codes 0 to 7 are worth 0, .5, 1, 1.5, 2, 3, 4, 6: from 1 on doubling adds 2 to the code, at .5 it adds 1.
+        from_one = (magnitude >> 1 | magnitude >> 2) & _ONES
+        doubled = magnitude + (from_one << 1) + (magnitude & ~from_one & _ONES) | low & ~_MAGNITUDES
+        due = left > done
+        wrong |= due & (magnitude >> 1 & magnitude >> 2 & _ONES != 0)
+        low = torch.where(due, doubled, low)
+    wrong |= low != high
+    fine[place[wrong] // shift.shape[1]] = False
+    return fine
+
+
+@torch.no_grad()
+def equal_fp8(weight: Tensor, scale: Tensor, stored: Tensor, block_scale: Tensor) -> Tensor:
+    """Which native FP8 linears are shown to be equal to their stored form.
+
+    Args:
+        weight: F8_E4M3 [T, M, N] of the source.
+        scale: E8M0 as F8_E8M0 or U8, or F32, [T, ceil(M/128), ceil(N/128)].
+        stored: F8_E4M3 [T, M, N] of the artifact.
+        block_scale: BF16 or F32 as `scale`, a multiplier.
+
+    Returns:
+        Bool [T]; true implies that every stored scale is positive and finite.
+    """
+    theirs = block_scale.to(torch.float32).contiguous().view(torch.int32)
+    fine = _is_power_of_two(theirs).flatten(1).all(dim=1)
+    if scale.dtype == torch.float32:
+        bits = scale.contiguous().view(torch.int32)
+        fine &= _is_power_of_two(bits).flatten(1).all(dim=1)
+        source = bits >> 23
+    else:
+        source = scale.view(torch.uint8).to(torch.int32)
+    fine &= ((source >= _REACH[0]) & (source <= _REACH[1])).flatten(1).all(dim=1)
+    mine, yours = weight.view(torch.uint8), stored.view(torch.uint8)
+    shift = (source - (theirs >> 23)).clamp(-_E4M3_DOUBLINGS, _E4M3_DOUBLINGS)
+    for linear in fine.nonzero().flatten().tolist():
+        fine[linear] = _equal_blocks(mine[linear], yours[linear], shift[linear].tolist())
+    return fine
+
+
+def _equal_blocks(mine: Tensor, yours: Tensor, shift: Sequence[Sequence[int]]) -> bool:
+    """Whether codes [M, N] (U8) are equal and no NaN; 128x128 of `yours` have units 2^-shift of those of `mine`."""
+    doubled = _doubled_e4m3().to(mine.device)
+    for row, shifts in enumerate(shift):
+        band = slice(row * 128, row * 128 + 128)
+        if not any(shifts):
+            if int((mine[band] & 0x7F).max()) == 0x7F or not torch.equal(mine[band], yours[band]):
+                return False
+            continue
+        for column, times in enumerate(shifts):
+            block = band, slice(column * 128, column * 128 + 128)
+            low, high = (mine[block], yours[block]) if times >= 0 else (yours[block], mine[block])
+            if not torch.equal(doubled[abs(times)][low.to(torch.int32)], high.to(torch.int16)):
+                return False
+    return True
+
+
+@cache
+def _doubled_e4m3() -> Tensor:
+    """I16 [1 + doublings, 256]: the code of each code's value, doubled so often; -1 where there is none, and of NaN."""
+    table = torch.arange(256, dtype=torch.int16)
+    table[[0x7F, 0xFF]] = -1
+    tables = [table]
+    for _ in range(_E4M3_DOUBLINGS):
+        magnitude = tables[-1] & 0x7F
+        # Subnormals, codes below 8, are multiples of one step, as are the codes up to 16 above them.
+        double = torch.where(magnitude < 8, magnitude * 2, magnitude + 8)
+        lost = (tables[-1] < 0) | (double >= 0x7F)
+        tables.append((double | tables[-1] & 0x80).masked_fill(lost, -1))
+    return torch.stack(tables)
+
+
+def _powers_of_e4m3(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of which linears every E4M3 scale [T, ...] is a positive power of two; their exponents, I16 as `scale`."""
+    code = scale.view(torch.uint8)
+    one, two = code == 1, code == 2  # 2^-9 and 2^-8, subnormal as 4 is, which has the exponent of the field 0
+    power = (code & 0x87 == 0) & (code != 0) | one | two | (code == 4)
+    exponent = (code >> 3).to(torch.int16) - 7
+    return power.flatten(1).all(dim=1), exponent.sub_(one.to(torch.int16) * 2).sub_(two.to(torch.int16))
+
+
+def _is_power_of_two(bits: Tensor) -> Tensor:
+    """Of F32 bits, whether they are a positive normal 2^k."""
+    return (bits & 0x7FFFFF == 0) & (bits > 0) & (bits < 0x7F800000)
+
+
+def _reachable(scale: Tensor) -> Tensor:
+    code = scale.view(torch.uint8)
+    return (code >= _REACH[0]) & (code <= _REACH[1])
