@@ -10,12 +10,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from artifact_maker import edit
 from dsv4q.config import Config, parse_config
 from dsv4q.errors import ConfigError, DeviceError
+from dsv4q.made_up.native import native_form
+from dsv4q.made_up.toy import write_toy
 from dsv4q.quantize import Job
 from dsv4q.run import block as stream
+from dsv4q.run.linears import EncodedLinears
+from dsv4q.run.stacked import StackedLinears
 from dsv4q.verify.judge import verify
-from runs import run, toy_job
+from runs import finished_files, run, toy_job
 
 
 def with_bounds(config: Config) -> dict[str, Any]:
@@ -119,3 +124,48 @@ def test_running_out_of_gpu_memory_is_a_named_error_that_loses_nothing(
             run(job)
     run(job)
     assert verify(job.out, source=job.source, deep=True, progress=None).ok
+
+
+# ------------------------------------------------------------------------------------------------ on the bytes
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native toy of which one expert spans more binades than the scales of NVFP4 do."""
+    out = write_toy(tmp_path_factory.mktemp("native") / "source", form=native_form()).out
+    name = "layers.1.ffn.experts.2.w2.scale"
+    scale = read(out, name)
+    scale.view(torch.uint8)[0, 0] -= 40
+    edit(out, {name: scale})
+    return out
+
+
+def learnt(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the report says of each block, but for times and memory."""
+    return [{k: v for k, v in block.items() if k not in ("seconds", "memory")} for block in report["blocks"]]
+
+
+def test_native_experts_on_bounds_are_converted_on_their_bytes_as_by_way_of_bf16(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(with_bounds(toy_job(tmp_path, make=False).config))
+    wide: list[str] = []
+    real = StackedLinears._encode
+
+    def encode(self: StackedLinears, name: str, experts: slice) -> EncodedLinears:
+        found = real(self, name, experts)
+        wide.extend(linear.spec.module for linear in found.linears)
+        return found
+
+    monkeypatch.setattr(StackedLinears, "_encode", encode)
+    converted = run(Job(native, tmp_path / "converted", config, device="cpu"))
+    assert wide == ["layers.1.ffn.experts.2.w2"]
+    monkeypatch.setattr(StackedLinears, "_converted", lambda *_: [])
+    ordinary = run(Job(native, tmp_path / "ordinary", config, device="cpu"))
+    assert len(wide) == 1 + 5 * 8 * 3
+    assert learnt(converted) == learnt(ordinary)
+    files = finished_files(tmp_path / "ordinary")
+    assert finished_files(tmp_path / "converted") == files
+    for name in files:
+        assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "ordinary" / name).read_bytes(), name
+    assert verify(tmp_path / "converted", source=native, deep=True, progress=None).ok

@@ -135,6 +135,10 @@ class ExpertMemory(ABC):
     def weights(self, stack: str, experts: slice) -> Tensor:
         """BF16 [n, P, ...] of at most `step` experts; valid until others of this stack are asked for."""
 
+    def stored(self, stack: str, experts: slice) -> tuple[Tensor, Tensor] | None:
+        """Weights and scales [n, P, ...] of experts as they lie in the files; None if they do not, or do no longer."""
+        return None
+
     @abstractmethod
     def exchange(self, ranks: Ranks) -> None:
         """Have every rank give the experts that it has placed."""
@@ -229,6 +233,10 @@ class PackedExperts(ExpertMemory):
             if len(there) == self.experts:
                 self.release(stack, self.experts)
         return there[experts.start - wanted.start : experts.stop - wanted.start]
+
+    def stored(self, stack: str, experts: slice) -> tuple[Tensor, Tensor] | None:
+        weight, scale = self._stored[stack]
+        return None if self._released[stack] > experts.start else (weight[experts], scale[experts])
 
     def exchange(self, ranks: Ranks) -> None:
         for stored in self._stored.values():

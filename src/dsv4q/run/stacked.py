@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.observers.min_max import MemorylessMinMaxObserver, StaticMinMaxObserver
 from torch import Tensor
 
+from dsv4q.formats.convert import Each, mxfp4_to_nvfp4
 from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, NVFP4_GROUP
 from dsv4q.formats.exact import nvfp4_scales
 from dsv4q.formats.kernels import nvfp4_encode_measured
@@ -27,6 +29,9 @@ from dsv4q.run.experts import BatchedExperts
 from dsv4q.run.linears import BATCH_ELEMENTS, EncodedLinears, InputScales, PlannedLinear, check_inputs
 from dsv4q.run.memory import PROJECTIONS
 from dsv4q.run.observers import ExactNvfp4Observer
+
+CONVERTED_TOGETHER = 32
+"""Experts at most that are converted at once, each by a thread; one takes 4.7 MB for each of its weights."""
 
 WEIGHT_OBSERVERS = (ExactNvfp4Observer, MemorylessMinMaxObserver)
 
@@ -99,38 +104,81 @@ class StackedLinears:
     def encoded(self, mine: Collection[str]) -> Iterator[EncodedLinears]:
         """See `Linears.encoded`; a rank has a run of experts."""
         memory, stacks = self.experts.memory, self.layout.linears
-        together = {name: len(linears) // memory.experts for name, linears in stacks.items()}
-        elements = max(together[name] * math.prod(linears[0].spec.shape) for name, linears in stacks.items())
+        elements = max(len(part) // memory.experts * math.prod(part[0].spec.shape) for part in stacks.values())
         step = min(memory.step, max(1, BATCH_ELEMENTS[memory.device.type] // elements))
         owned = [n for n in range(memory.experts) if stacks["down"][n].spec.name in mine]
-        for start in owned[::step]:
-            experts = slice(start, min(start + step, owned[-1] + 1))
-            for name, linears in stacks.items():
-                chosen = tuple(linears[experts.start * together[name] : experts.stop * together[name]])
-                encoded = self._encode(memory.weights(name, experts), chosen, experts)
-                memory.release(name, experts.stop)
-                yield encoded
+        threads = torch.get_num_threads()
+        together = max(step, min(threads, CONVERTED_TOGETHER)) if self._converts else step
+        with ThreadPoolExecutor(threads, thread_name_prefix="dsv4q-convert") as pool:
+            for start in owned[::together]:
+                experts = slice(start, min(start + together, owned[-1] + 1))
+                for name in stacks:
+                    found = self._converted(name, experts, pool.map) or [
+                        self._encode(name, some) for some in _cut(experts, step)
+                    ]
+                    memory.release(name, experts.stop)
+                    yield from found
 
-    def _encode(self, weight: Tensor, linears: tuple[PlannedLinear, ...], experts: slice) -> EncodedLinears:
-        exact = linears[0].is_exact
-        if exact:
+    @property
+    def _converts(self) -> bool:
+        """Whether exact NVFP4 can be made of the experts' bytes, on a CPU."""
+        memory = self.experts.memory
+        exact = all(part[0].is_exact for part in self.layout.linears.values())
+        return exact and memory.packed and memory.device.type == "cpu"
+
+    def _converted(self, name: str, experts: slice, each: Each) -> list[EncodedLinears]:
+        """Experts of a stack, made of their bytes; one that is not exact, of its numbers. Empty if that cannot be."""
+        stored = self.experts.memory.stored(name, experts) if self._converts else None
+        if stored is None or stored[0].dtype is torch.float8_e4m3fn:
+            return []
+        found = mxfp4_to_nvfp4(*stored, each)
+
+        def part(some: slice) -> EncodedLinears:
+            here = slice(some.start - experts.start, some.stop - experts.start)
+            if not bool(found.exact[here].all()):
+                return self._encode(name, some)
+            scales = found.block_scale[here], found.global_scale[here]
+            return self._as_stored(name, some, found.packed[here], *scales, found.sums[here])
+
+        return [part(some) for some in ([experts] if bool(found.exact.all()) else _cut(experts, 1))]
+
+    def _encode(self, name: str, experts: slice) -> EncodedLinears:
+        weight, first = self.experts.memory.weights(name, experts), self.layout.linears[name][0]
+        if first.is_exact:
             found = nvfp4_scales(weight)
             block_scale, global_scale = found.block_scale, found.global_scale
         else:
-            block_scale, global_scale = _minmax_scales(weight, linears[0])
-        block_scale = block_scale.flatten(0, 1)
-        global_scale = global_scale.expand(-1, weight.shape[1]).reshape(-1)
-        packed, sums = nvfp4_encode_measured(weight.flatten(0, 1), block_scale, global_scale, keep_negative_zero=exact)
+            block_scale, global_scale = _minmax_scales(weight, first)
+        shared = global_scale.expand(-1, weight.shape[1]).reshape(-1)
+        packed, sums = nvfp4_encode_measured(
+            weight.flatten(0, 1), block_scale.flatten(0, 1), shared, keep_negative_zero=first.is_exact
+        )
+        shape = weight.shape[:2]
+        return self._as_stored(
+            name, experts, packed.unflatten(0, shape), block_scale, global_scale, sums.unflatten(0, shape)
+        )
+
+    def _as_stored(
+        self, name: str, experts: slice, packed: Tensor, block_scale: Tensor, global_scale: Tensor, sums: Tensor
+    ) -> EncodedLinears:
+        """All stored tensors of experts, of U8 [T, P, M, N/2], [T, P, M, G], F32 [T, 1] and F64 [T, P, 4]."""
+        together = packed.shape[1]
+        linears = tuple(self.layout.linears[name][experts.start * together : experts.stop * together])
         stored = {
-            "weight_packed": packed,
-            "weight_scale": block_scale.to(torch.float8_e4m3fn),
-            "weight_global_scale": global_scale.reshape(-1, 1),
+            "weight_packed": packed.flatten(0, 1),
+            "weight_scale": block_scale.flatten(0, 1).to(torch.float8_e4m3fn),
+            "weight_global_scale": global_scale.expand(-1, together).reshape(-1, 1),
         }
         if self._input_scales:
-            projections = [linear.projection for linear in linears[: weight.shape[1]]]
+            projections = [linear.projection for linear in linears[:together]]
             scales = [self._input_scales[projection][experts] for projection in projections]
             stored["input_global_scale"] = torch.stack(scales, dim=1).reshape(-1, 1)
-        return EncodedLinears(linears, stored, sums)
+        return EncodedLinears(linears, stored, sums.flatten(0, 1))
+
+
+def _cut(experts: slice, step: int) -> Iterator[slice]:
+    """Runs of `step` experts, the last one shorter."""
+    return (slice(start, min(start + step, experts.stop)) for start in range(experts.start, experts.stop, step))
 
 
 def _is_known(linear: PlannedLinear) -> bool:
