@@ -31,7 +31,7 @@ from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import open_source
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.config import Config, load_config, parse_config
-from dsv4q.console import Console, Mode, Progress, is_first_rank
+from dsv4q.console import Console, Mode, Progress, bytes_of, is_first_rank
 from dsv4q.host import peak_memory
 from dsv4q.layout import Role
 from dsv4q.plan.plan import Plan
@@ -72,13 +72,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--gpu-memory", type=int, help="bytes of the GPU that the run may take")
+    parser.add_argument("--gpu-memory", type=bytes_of, help="bytes of the GPU that the run may take")
 
 
 def job_of(options: argparse.Namespace) -> Job:
     """The run that the options ask for."""
-    capped = {} if options.gpu_memory is None else {"gpu_memory": options.gpu_memory}
-    return Job(options.source, options.out, config_of(options), device=options.device, **capped)
+    return Job(options.source, options.out, config_of(options), options.device, options.gpu_memory)
 
 
 def config_of(options: argparse.Namespace) -> Config:
