@@ -158,7 +158,7 @@ def doubtful(weight: Tensor, scale: Tensor, largest: float = math.inf) -> Tensor
     if is_fp8:
         bad |= torch.stack([_is_nan(one).any() for one in weight])
     first_row = weight[:, 0].contiguous().view(torch.uint8)
-    return bad | ~(first_row & (0x7F if is_fp8 else 0x77)).any(dim=1)
+    return bad | ((first_row & (0x7F if is_fp8 else 0x77)) == 0).all(dim=1)
 
 
 def _check(scale: Tensor, shape: tuple[int, ...]) -> None:
