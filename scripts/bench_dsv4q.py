@@ -31,8 +31,8 @@ from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import open_source
 from dsv4q.checkpoint.writer import Data, ShardWriter
 from dsv4q.config import Config, load_config, parse_config
-from dsv4q.console import Console, Mode, Progress, bytes_of, is_first_rank
-from dsv4q.host import peak_memory
+from dsv4q.console import Console, Mode, Progress, bytes_of
+from dsv4q.host import is_first_rank, peak_memory
 from dsv4q.layout import Role
 from dsv4q.plan.plan import Plan
 from dsv4q.quantize import Job, begin, prepare, quantize
@@ -243,7 +243,7 @@ class Received:
 
 def sunk(job: Job, console: Console) -> dict[str, Any]:
     """The report of `blocks_alone`, with the bytes that rank 0 received of the others."""
-    with ranks(job.device) as here:
+    with ranks(job.device, console) as here:
         received = Received(here.share.rank)
         with received.counting():
             report = blocks_alone(job, console, here)
