@@ -243,7 +243,7 @@ class Received:
 
 def sunk(job: Job, console: Console) -> dict[str, Any]:
     """The report of `blocks_alone`, with the bytes that rank 0 received of the others."""
-    with ranks(job.device) as here:
+    with ranks(job.device, console) as here:
         received = Received(here.share.rank)
         with received.counting():
             report = blocks_alone(job, console, here)

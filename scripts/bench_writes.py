@@ -25,6 +25,7 @@ from pathlib import Path
 from dsv4q.checkpoint import writer as checkpoint_writer
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest
 from dsv4q.config import load_config
+from dsv4q.console import Console, Mode
 from dsv4q.plan.work import WorkTable
 from dsv4q.rehearse import FLASH, Rehearsal, prepare
 from dsv4q.run.ranks import Ranks, ranks
@@ -84,7 +85,7 @@ def main() -> None:
     if options.advise:
         checkpoint_writer._start_writing_back = advise
     rehearsal = Rehearsal(options.folder, load_config(options.config), options.source, options.layers)
-    with ranks("cpu") as here:
+    with ranks("cpu", Console(Mode.QUIET)) as here:
         found = measure(options.folder, rehearsal, here, each=options.every_rank_syncs)
         here.wait_for_all()
         if here.is_leader:

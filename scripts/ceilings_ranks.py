@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from dsv4q.console import Console, Mode
 from dsv4q.host import usable_device
 from dsv4q.run.ranks import Ranks, ranks
 
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--gigabytes", type=float, default=4.0)
     options = parser.parse_args()
-    with ranks(options.device) as here:
+    with ranks(options.device, Console(Mode.QUIET)) as here:
         device = usable_device(here.device_name(options.device))
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)

@@ -178,8 +178,9 @@ def test_no_thread_of_a_group_outlives_the_ranks(tmp_path: Path) -> None:
 
 SYNCS = """
 import json, os
+from dsv4q.console import Console, Mode
 from dsv4q.run.ranks import ranks
-with ranks("cpu") as here:
+with ranks("cpu", Console(Mode.QUIET)) as here:
     mine = [["a", "b", "c"], ["b", "c", "d"], []][here.share.rank]
     found = [here.files_to_sync(mine)]
     os.environ["GROUP_RANK"] = str(min(here.share.rank, 1))

@@ -242,7 +242,7 @@ def stoppable() -> Iterator[Callable[[], None]]:
     try:
         yield check
     except BaseException:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if rank_variables().count > 1:
             # torchrun sends SIGTERM to all ranks when one fails: what this one has to say and to clean comes first.
             del before[signal.SIGTERM]
         raise
