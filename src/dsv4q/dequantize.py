@@ -31,6 +31,7 @@ from dsv4q.errors import DeviceError, Dsv4qError, SourceError, WeightError, comm
 from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.host import free_bytes, stoppable, usable_device
 from dsv4q.layout import Dims, source_tensors
+from dsv4q.plan.model_config import carried_config
 from dsv4q.plan.small_files import write_plain_files
 from dsv4q.verify.judge import require_verified
 
@@ -60,7 +61,8 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
     check_output(job.out, job.source)
     with scan_source(job.source) as source:
         plan = _plan(job, source)
-        for warning in source.warnings:
+        config, odd_keys = carried_config(source.config, source.config_file)
+        for warning in (*source.warnings, *source.holes.warnings, *odd_keys):
             console.warn(warning)
         identity = _identity(job, source)
         if is_finished(job.out):
@@ -83,7 +85,6 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
                 "blocks": list(journal.done.values()),
                 "identity": identity,
             }
-            config = {key: value for key, value in source.config.items() if key != "quantization_config"}
             write_plain_files(job.out, job.source, plan, config, report)
             journal.remove()
         finally:

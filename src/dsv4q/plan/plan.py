@@ -19,6 +19,7 @@ from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config
 from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
 from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
+from dsv4q.plan.model_config import carried_config
 from dsv4q.plan.needs import CUDA_BYTES, Estimate, estimate
 from dsv4q.plan.targets import published_config, select
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme, stored_tensors
@@ -161,6 +162,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     files = SourceFiles.of(checkpoint, specs)
     packed = _experts_packed(checkpoint, specs, config, selection.group_of)
     needs = estimate(specs, shards, config, dims, lambda name: files.entries[name][1] if packed else 0)
+    carried, odd_keys = carried_config(checkpoint.config, checkpoint.config_file)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
     return Plan(
         source=str(checkpoint.root),
@@ -170,13 +172,13 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         source_files=files,
         shards=shards,
         group_of=dict(selection.group_of),
-        artifact_config=_artifact_config(checkpoint.config, config, dims, dict(selection.group_of)),
+        artifact_config=_artifact_config(carried, config, dims, dict(selection.group_of)),
         draft=draft_kind(names),
         experts_packed=packed,
         estimate=needs,
         free_disk=free_disk,
         problems=tuple(problems),
-        warnings=(*checkpoint.warnings, *checkpoint.holes.warnings),
+        warnings=(*checkpoint.warnings, *checkpoint.holes.warnings, *odd_keys),
     )
 
 
@@ -272,17 +274,21 @@ def _head_copies(specs: list[TensorSpec]) -> Iterator[PlannedTensor]:
 
 
 def _artifact_config(source: dict[str, Any], config: Config, dims: Dims, group_of: dict[str, str]) -> dict[str, Any]:
-    """The source's config.json, every key kept, with our quantization_config; without MTP its count is 0."""
-    result = {key: value for key, value in source.items() if key != "quantization_config"}
+    """The keys that go on of the source's config.json, with our quantization_config; without MTP its count is 0."""
+    result = dict(source)
     if not config.mtp.keep and "num_nextn_predict_layers" in result:
         result["num_nextn_predict_layers"] = 0
     result["quantization_config"] = published_config(config.groups, group_of, dims, QUANTIZATION_VERSION)
     return result
 
 
-def with_problem(plan: Plan, problem: Dsv4qError | None) -> Plan:
-    """The same plan with one more problem, if there is one."""
-    return plan if problem is None else replace(plan, problems=(*plan.problems, problem))
+def with_problem(plan: Plan, problem: Dsv4qError | None, *, stops: bool = True) -> Plan:
+    """The same plan with one more problem, or a warning if it `stops` nothing, if there is one."""
+    if problem is None:
+        return plan
+    if stops:
+        return replace(plan, problems=(*plan.problems, problem))
+    return replace(plan, warnings=(*plan.warnings, problem))
 
 
 def artifact_config_text(plan: Plan) -> str:
