@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from users import FIRST, INDEX, LAST, config, dsv4q, in_hub_cache, small_source
 
@@ -178,3 +181,53 @@ def test_a_wrong_total_size_is_a_warning_and_the_run_goes_on(source: Path, tmp_p
     assert said.code == 0
     assert "warning: The index's total_size" in said.err
     assert "total_size" in json.loads((tmp_path / "out" / "report.json").read_text())["warnings"][0]["what"]
+
+
+# ------------------------------------------------------------------------------------------------ other conversions
+
+
+def rewritten(source: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+    """Change every name and tensor of a source, in shards and index."""
+    weight_map = {}
+    for file in (FIRST, LAST):
+        tensors = dict(change(name, tensor) for name, tensor in load_file(source / file).items())
+        save_file(tensors, source / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_of_a_wider_type_are_told_to_become_bf16(dtype: torch.dtype, source: Path, tmp_path: Path) -> None:
+    rewritten(source, lambda name, t: (name, t.to(dtype) if t.dtype is torch.bfloat16 else t))
+    said = dsv4q("plan", source, "-c", config(tmp_path))
+    assert said.code == 1
+    assert "store these as BF16" in said.err
+    assert "keeping F32 tensors F32" not in said.err
+
+
+def test_f32_tensors_that_became_bf16_are_told_to_stay(source: Path, tmp_path: Path) -> None:
+    rewritten(source, lambda name, t: (name, t.to(torch.bfloat16) if t.dtype is torch.float32 else t))
+    said = dsv4q("plan", source, "-c", config(tmp_path))
+    assert said.code == 1
+    assert "keeping F32 tensors F32" in said.err
+    assert "store these as BF16" not in said.err
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", "language_model.model."])
+def test_names_behind_a_prefix_are_one_error(prefix: str, source: Path, tmp_path: Path) -> None:
+    rewritten(source, lambda name, t: (prefix + name, t))
+    said = dsv4q("plan", source, "-c", config(tmp_path))
+    assert said.code == 1
+    assert f"have names with {prefix} before them" in said.err
+    assert said.err.count("error: ") == 1
+
+
+def test_a_config_that_transformers_saved_is_called_that(source: Path, tmp_path: Path) -> None:
+    path = source / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["compress_ratios"]
+    path.write_text(json.dumps(saved | {"layer_types": ["sliding_attention"] * 2, "rope_parameters": {}}))
+    said = dsv4q("plan", source, "-c", config(tmp_path))
+    assert said.code == 1
+    assert "saved by transformers" in said.err
+    assert "config.json of the release" in said.err

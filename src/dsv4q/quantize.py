@@ -64,7 +64,7 @@ def _plan(job: Job, source: Checkpoint) -> Plan:
     plan = make_plan(source, job.config, free_disk=free)
     disk = disk_problem(job.out, plan.estimate.disk, free)
     data, gpu = data_problem(job.config, job.source), gpu_problem(plan.estimate, job.gpu_memory)
-    routing = check_routing(source, plan.dims)
+    routing = check_routing(source, plan.dims) if source.holes.everywhere is None else []
     for problem in (*routing, place_problem(job.out), disk, data, source.holes.everywhere, gpu):
         plan = with_problem(plan, problem)
     return with_problem(plan, tokenizer_finding(job.config, job.source), stops=job.config.needs_data)
