@@ -115,7 +115,6 @@ class Dims:
             raise SourceError(
                 "This config.json was saved by transformers, which does not keep what the release's says",
                 where=f"{where}: compress_ratios",
-                expected="the config.json of the release",
                 found=f"{', '.join(key for key in _BY_TRANSFORMERS if key in config)} instead of compress_ratios",
                 hint="take config.json of the release that these weights came from",
             )
