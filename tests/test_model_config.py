@@ -27,6 +27,7 @@ def made(source: Path) -> tuple[Said, dict[str, Any]]:
     out = source.parent / "out"
     said = dsv4q("quantize", source, out, "-c", config(source.parent), "--device", "cpu")
     assert said.code == 0
+    assert dsv4q("verify-shards", out, "--source", source, "--device", "cpu").code == 0
     return said, json.loads((out / "config.json").read_text())
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dsv4q.checkpoint.folder import has_local_path, texts_in
 from dsv4q.errors import SourceError
 
-_LOCAL = re.compile(r"(/|~|file:|\.\.?/|[A-Za-z]:[\\/]).*", re.DOTALL)
-"""Paths that only somebody's machine knows."""
 _DTYPES = ("torch_dtype", "dtype")
 """The old and the new name; weights that stay as they are are BF16, and a consumer computes in this type."""
 
@@ -36,7 +33,7 @@ def carried_config(config: dict[str, Any], file: Path) -> tuple[dict[str, Any], 
         elif missing:
             hint = f"it is left out, for {', '.join(missing)} is not in the source; the model needs no code of its own"
             warn("config.json refers to Python files that are not there", key, value, hint)
-        elif key == "_name_or_path" or any(_LOCAL.fullmatch(text) for text in _texts(value)):
+        elif key == "_name_or_path" or has_local_path(value):
             if value:
                 warn("config.json has a path of another machine", key, value, "it is left out")
         else:
@@ -58,14 +55,5 @@ def code_files(folder: Path) -> list[str]:
 
 def _modules(auto_map: object) -> list[str]:
     """Files that an `auto_map` refers to by `module.Class`; one of another repository is `repository--module.Class`."""
-    texts = [text for text in _texts(auto_map) if "." in text and "--" not in text]
+    texts = [text for text in texts_in(auto_map) if "." in text and "--" not in text]
     return sorted({f"{text.rpartition('.')[0].replace('.', '/')}.py" for text in texts})
-
-
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        inner: Iterable[object] = value.values() if isinstance(value, dict) else value
-        for one in inner:
-            yield from _texts(one)
