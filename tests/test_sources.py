@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -231,3 +232,66 @@ def test_a_config_that_transformers_saved_is_called_that(source: Path, tmp_path:
     assert said.code == 1
     assert "saved by transformers" in said.err
     assert "config.json of the release" in said.err
+
+
+# ------------------------------------------------------------------------------------------------ which source it was
+
+
+def pins(source: Path, folder: Path) -> list[dict[str, str | None]]:
+    """What report.json and a verification say of the source; the model card and the last line have the same."""
+    folder.mkdir()
+    out = folder / "out"
+    assert dsv4q("quantize", source, out, "-c", config(folder), "--device", "cpu").code == 0
+    reported = json.loads((out / "report.json").read_text())["source"]["pin"]
+    line = ("verify-shards", out, "--source", source, "--device", "cpu")
+    verified = json.loads(dsv4q(*line, "--json").out)["source_pin"]
+    card, last = (out / "README.md").read_text(), dsv4q(*line).out.splitlines()[-1]
+    for value in filter(None, reported.values()):
+        assert value in card
+        assert value in last
+    return [reported, verified]
+
+
+def test_a_snapshot_is_pinned_by_its_revision_and_digests(pristine: Path, tmp_path: Path) -> None:
+    snapshot = in_hub_cache(pristine, tmp_path / "hub")
+    reported, verified = pins(snapshot, tmp_path / "a")
+    assert reported == verified
+    assert (reported["repository"], reported["revision"]) == ("deepseek-ai/DeepSeek-V4-Small", snapshot.name)
+    assert reported["config_sha256"] == hashlib.sha256((pristine / "config.json").read_bytes()).hexdigest()
+    assert reported["index_sha256"] == hashlib.sha256((pristine / INDEX).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "git"])
+def test_a_download_and_a_clone_are_pinned_by_what_lies_beside_the_files(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    commit = "89abcdef" * 5
+    file = ".cache/huggingface/download/config.json.metadata" if kind == "local-dir" else ".git/refs/heads/main"
+    (source / file).parent.mkdir(parents=True)
+    (source / file).write_text(f"{commit}\n0123\n1.5\n")
+    if kind == "git":
+        (source / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    assert pins(source, tmp_path / "a")[0]["revision"] == commit
+
+
+def test_the_digest_of_the_tensors_sees_a_name_a_dtype_and_a_shape_and_nothing_else(
+    source: Path, tmp_path: Path
+) -> None:
+    def digest() -> str:
+        found: str = json.loads(dsv4q("plan", source, "-c", config(tmp_path), "--json").out)["source"]["pin"][
+            "tensors_sha256"
+        ]
+        return found
+
+    before = digest()
+    rewritten(source, lambda name, t: (name, t + 1))
+    assert digest() == before
+    seen = {before}
+    for change in (
+        lambda name, t: (f"{name}.x" if name == "norm.weight" else name, t),
+        lambda name, t: (name, t.to(torch.float16) if name == "embed.weight" else t),
+        lambda name, t: (name, t.T.contiguous() if name == "head.weight" else t),
+    ):
+        rewritten(source, change)
+        seen.add(digest())
+    assert len(seen) == 4

@@ -22,6 +22,7 @@ from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import NativeCheckpoint, forms_of, scan_source
 from dsv4q.checkpoint.output import already_there, check_output, disk_problem, place_problem
+from dsv4q.checkpoint.pin import pin_of
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, balanced_shards, shard_name
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.values import Batch, batches, values_ahead
@@ -77,6 +78,7 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
             report = {
                 "command": "dequantize",
                 "source": str(job.source),
+                "pin": pin_of(source).as_dict(),
                 "forms": forms_of(source),
                 "tensors": len(plan.tensors),
                 "bytes": plan.artifact_bytes,

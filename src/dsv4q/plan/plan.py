@@ -14,6 +14,7 @@ from typing import Any
 
 from dsv4q.checkpoint.against_layout import compare_with_layout, draft_kind
 from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of, packed_alike
+from dsv4q.checkpoint.pin import Pin, pin_of
 from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan, balanced_shards, blocks_of
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config
@@ -54,6 +55,7 @@ class Plan(ShardPlan):
     """What a run will read, make and write."""
 
     source: str
+    pin: Pin
     dims: Dims
     config: Config
     source_specs: tuple[TensorSpec, ...]
@@ -83,6 +85,7 @@ class Plan(ShardPlan):
         return {
             "source": {
                 "path": self.source,
+                "pin": self.pin.as_dict(),
                 "layout": self.source_files.layout,
                 "forms": self.source_files.forms,
                 "tensors": sum(count for count, _ in self.source_files.entries.values()),
@@ -166,6 +169,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
     return Plan(
         source=str(checkpoint.root),
+        pin=pin_of(checkpoint),
         dims=dims,
         config=config,
         source_specs=tuple(specs),
