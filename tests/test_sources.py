@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from users import FIRST, INDEX, LAST, config, dsv4q, in_hub_cache, small_source
 
@@ -178,3 +182,116 @@ def test_a_wrong_total_size_is_a_warning_and_the_run_goes_on(source: Path, tmp_p
     assert said.code == 0
     assert "warning: The index's total_size" in said.err
     assert "total_size" in json.loads((tmp_path / "out" / "report.json").read_text())["warnings"][0]["what"]
+
+
+# ------------------------------------------------------------------------------------------------ other conversions
+
+
+def rewritten(source: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+    """Change every name and tensor of a source, in shards and index."""
+    weight_map = {}
+    for file in (FIRST, LAST):
+        tensors = dict(change(name, tensor) for name, tensor in load_file(source / file).items())
+        save_file(tensors, source / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_of_a_wider_type_are_told_to_become_bf16(dtype: torch.dtype, source: Path, tmp_path: Path) -> None:
+    rewritten(source, lambda name, t: (name, t.to(dtype) if t.dtype is torch.bfloat16 else t))
+    said = dsv4q("plan", source, "-c", config(tmp_path))
+    assert said.code == 1
+    assert "store these as BF16" in said.err
+    assert "keeping F32 tensors F32" not in said.err
+
+
+def test_f32_tensors_that_became_bf16_are_told_to_stay(source: Path, tmp_path: Path) -> None:
+    rewritten(source, lambda name, t: (name, t.to(torch.bfloat16) if t.dtype is torch.float32 else t))
+    said = dsv4q("plan", source, "-c", config(tmp_path))
+    assert said.code == 1
+    assert "keeping F32 tensors F32" in said.err
+    assert "store these as BF16" not in said.err
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", "language_model.model."])
+def test_names_behind_a_prefix_are_one_error(prefix: str, source: Path, tmp_path: Path) -> None:
+    rewritten(source, lambda name, t: (prefix + name, t))
+    said = dsv4q("plan", source, "-c", config(tmp_path))
+    assert said.code == 1
+    assert f"have names with {prefix} before them" in said.err
+    assert said.err.count("error: ") == 1
+
+
+def test_a_config_that_transformers_saved_is_called_that(source: Path, tmp_path: Path) -> None:
+    path = source / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["compress_ratios"]
+    path.write_text(json.dumps(saved | {"layer_types": ["sliding_attention"] * 2, "rope_parameters": {}}))
+    said = dsv4q("plan", source, "-c", config(tmp_path))
+    assert said.code == 1
+    assert "saved by transformers" in said.err
+    assert "config.json of the release" in said.err
+
+
+# ------------------------------------------------------------------------------------------------ which source it was
+
+
+def pins(source: Path, folder: Path) -> list[dict[str, str | None]]:
+    """What report.json and a verification say of the source; the model card and the last line have the same."""
+    folder.mkdir()
+    out = folder / "out"
+    assert dsv4q("quantize", source, out, "-c", config(folder), "--device", "cpu").code == 0
+    reported = json.loads((out / "report.json").read_text())["source"]["pin"]
+    line = ("verify-shards", out, "--source", source, "--device", "cpu")
+    verified = json.loads(dsv4q(*line, "--json").out)["source_pin"]
+    card, last = (out / "README.md").read_text(), dsv4q(*line).out.splitlines()[-1]
+    for value in filter(None, reported.values()):
+        assert value in card
+        assert value in last
+    return [reported, verified]
+
+
+def test_a_snapshot_is_pinned_by_its_revision_and_digests(pristine: Path, tmp_path: Path) -> None:
+    snapshot = in_hub_cache(pristine, tmp_path / "hub")
+    reported, verified = pins(snapshot, tmp_path / "a")
+    assert reported == verified
+    assert (reported["repository"], reported["revision"]) == ("deepseek-ai/DeepSeek-V4-Small", snapshot.name)
+    assert reported["config_sha256"] == hashlib.sha256((pristine / "config.json").read_bytes()).hexdigest()
+    assert reported["index_sha256"] == hashlib.sha256((pristine / INDEX).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "git"])
+def test_a_download_and_a_clone_are_pinned_by_what_lies_beside_the_files(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    commit = "89abcdef" * 5
+    file = ".cache/huggingface/download/config.json.metadata" if kind == "local-dir" else ".git/refs/heads/main"
+    (source / file).parent.mkdir(parents=True)
+    (source / file).write_text(f"{commit}\n0123\n1.5\n")
+    if kind == "git":
+        (source / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    assert pins(source, tmp_path / "a")[0]["revision"] == commit
+
+
+def test_the_digest_of_the_tensors_sees_a_name_a_dtype_and_a_shape_and_nothing_else(
+    source: Path, tmp_path: Path
+) -> None:
+    def digest() -> str:
+        found: str = json.loads(dsv4q("plan", source, "-c", config(tmp_path), "--json").out)["source"]["pin"][
+            "tensors_sha256"
+        ]
+        return found
+
+    before = digest()
+    rewritten(source, lambda name, t: (name, t + 1))
+    assert digest() == before
+    seen = {before}
+    for change in (
+        lambda name, t: (f"{name}.x" if name == "norm.weight" else name, t),
+        lambda name, t: (name, t.to(torch.float16) if name == "embed.weight" else t),
+        lambda name, t: (name, t.T.contiguous() if name == "head.weight" else t),
+    ):
+        rewritten(source, change)
+        seen.add(digest())
+    assert len(seen) == 4

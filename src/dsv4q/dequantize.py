@@ -22,6 +22,7 @@ from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import NativeCheckpoint, forms_of, scan_source
 from dsv4q.checkpoint.output import already_there, check_output, disk_problem, place_problem
+from dsv4q.checkpoint.pin import pin_of
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, balanced_shards, shard_name
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.values import Batch, batches, values_ahead
@@ -31,6 +32,7 @@ from dsv4q.errors import DeviceError, Dsv4qError, SourceError, WeightError, comm
 from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.host import free_bytes, stoppable, usable_device
 from dsv4q.layout import Dims, source_tensors
+from dsv4q.plan.model_config import carried_config
 from dsv4q.plan.small_files import write_plain_files
 from dsv4q.verify.judge import require_verified
 
@@ -60,7 +62,8 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
     check_output(job.out, job.source)
     with scan_source(job.source) as source:
         plan = _plan(job, source)
-        for warning in source.warnings:
+        config, odd_keys = carried_config(source.config, source.config_file)
+        for warning in (*source.warnings, *source.holes.warnings, *odd_keys):
             console.warn(warning)
         identity = _identity(job, source)
         if is_finished(job.out):
@@ -75,6 +78,7 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
             report = {
                 "command": "dequantize",
                 "source": str(job.source),
+                "pin": pin_of(source).as_dict(),
                 "forms": forms_of(source),
                 "tensors": len(plan.tensors),
                 "bytes": plan.artifact_bytes,
@@ -83,7 +87,6 @@ def dequantize(job: Dequantization, console: Console) -> dict[str, Any]:
                 "blocks": list(journal.done.values()),
                 "identity": identity,
             }
-            config = {key: value for key, value in source.config.items() if key != "quantization_config"}
             write_plain_files(job.out, job.source, plan, config, report)
             journal.remove()
         finally:

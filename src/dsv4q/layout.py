@@ -111,6 +111,14 @@ class Dims:
                 found=_found(config, "model_type"),
             )
 
+        if "compress_ratios" not in config and any(key in config for key in _BY_TRANSFORMERS):
+            raise SourceError(
+                "This config.json was saved by transformers, which does not keep what the release's says",
+                where=f"{where}: compress_ratios",
+                found=f"{', '.join(key for key in _BY_TRANSFORMERS if key in config)} instead of compress_ratios",
+                hint="take config.json of the release that these weights came from",
+            )
+
         def number(key: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE) -> int:
             value = config.get(key, default)
             if type(value) is not int or not least <= value <= most:
@@ -158,6 +166,10 @@ class Dims:
                 found=f"{dims.experts_per_token:,}",
             )
         return dims
+
+
+_BY_TRANSFORMERS = ("layer_types", "compress_rates", "mlp_layer_types", "rope_parameters")
+"""Keys that transformers' DeepSeek-V4 config writes in place of the release's."""
 
 
 def _found(config: Mapping[str, Any], key: str) -> str:

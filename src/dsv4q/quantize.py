@@ -26,7 +26,7 @@ from dsv4q.plan.needs import gpu_problem
 from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report
-from dsv4q.run.calibration import data_problem, load_data
+from dsv4q.run.calibration import data_problem, load_data, tokenizer_finding
 from dsv4q.run.run import Run, run_blocks, run_device, same_threads
 from dsv4q.verify.judge import require_verified
 
@@ -64,10 +64,10 @@ def _plan(job: Job, source: Checkpoint) -> Plan:
     plan = make_plan(source, job.config, free_disk=free)
     disk = disk_problem(job.out, plan.estimate.disk, free)
     data, gpu = data_problem(job.config, job.source), gpu_problem(plan.estimate, job.gpu_memory)
-    routing = check_routing(source, plan.dims)
+    routing = check_routing(source, plan.dims) if source.holes.everywhere is None else []
     for problem in (*routing, place_problem(job.out), disk, data, source.holes.everywhere, gpu):
         plan = with_problem(plan, problem)
-    return plan
+    return with_problem(plan, tokenizer_finding(job.config, job.source), stops=job.config.needs_data)
 
 
 def quantize(job: Job, console: Console) -> dict[str, Any]:

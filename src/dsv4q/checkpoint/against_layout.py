@@ -17,6 +17,7 @@ from dsv4q.layout import EXPERT_PROJECTIONS, Dims, Role, TensorSpec, source_tens
 
 _MTP = re.compile(r"mtp\.(\d+)\.([^.]+)")
 _BLOCK = re.compile(r"(layers|mtp)\.\d+(?=\.)")
+_STACKED = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _OURS = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "U8", "I8")
 
@@ -48,12 +49,13 @@ def compare_with_layout(checkpoint: Checkpoint, dims: Dims) -> list[SourceError]
     if not checkpoint.has_weights:
         return []
     diff = _Difference.of(checkpoint, dims)
-    errors = [*_transformers_names(diff), *_artifact(diff), *_draft(diff, dims)]
+    errors = [*_prefixed_names(diff), *_transformers_names(diff), *_artifact(diff), *_draft(diff, dims)]
     errors += [*_missing_blocks(diff), *_missing_experts(diff, dims)]
     foreign = "see whether config.json belongs to these files"
     for names, kind, hint in (
         (diff.missing, "missing", "download the checkpoint again, or correct the sizes in config.json"),
         (diff.extra, "too many", f"{foreign}, and remove what is not the model's"),
+        (diff.wider(), "of another dtype", "store these as BF16: dsv4q reads BF16, or DeepSeek's own FP8 and MXFP4"),
         (diff.dtype, "of another dtype", "convert the checkpoint again, keeping F32 tensors F32"),
         (diff.shape, "of another shape", foreign),
     ):
@@ -74,7 +76,9 @@ def check_routing(checkpoint: Checkpoint, dims: Dims) -> list[SourceError]:
             continue
         if not checkpoint.is_whole(spec.name):
             continue
-        table = checkpoint.read(spec.name).cast("q")
+        table = memoryview(bytearray(entry.nbytes))
+        checkpoint.read_into(spec.name, table)
+        table = table.cast("q")
         wrong = sum(not 0 <= expert < dims.experts for expert in table)
         if wrong:
             what = "A routing table names experts that there are not"
@@ -126,6 +130,16 @@ class _Difference:
         for part in (self.missing, self.extra, self.dtype, self.shape):
             part[:] = [name for name in part if name not in known]
 
+    def wider(self) -> list[str]:
+        """Tensors that should be BF16 and are F16, F32 or F64; taken out."""
+        found = [
+            name
+            for name in self.dtype
+            if self.specs[name].dtype == "BF16" and self.checkpoint.tensors[name].dtype in ("F16", "F32", "F64")
+        ]
+        self.explain(name for name in found if name not in self.shape)
+        return found
+
     def blocks(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Names by block, main blocks in the layout's order, what belongs to none at the end."""
         groups: dict[str, list[str]] = {spec.block: [] for spec in self.specs.values()}
@@ -142,9 +156,12 @@ class _Difference:
 def _transformers_names(diff: _Difference) -> list[SourceError]:
     by_hf = {spec.hf_name: spec.name for spec in diff.specs.values()}
     names = [name for name in diff.extra if name in by_hf]
+    # Its experts are stacked, under names that are nobody's else.
+    names += [name for name in diff.extra if _STACKED.search(name)]
     if not names:
         return []
-    diff.explain([*names, *(by_hf[name] for name in names)])
+    # Once some names are, the others are neither missing nor too many.
+    diff.explain([*diff.extra, *diff.missing])
     return [
         diff.error(
             f"{len(names):,} tensors have transformers' names instead of DeepSeek's",
@@ -153,6 +170,31 @@ def _transformers_names(diff: _Difference) -> list[SourceError]:
             "use the original checkpoint; one saved by transformers has lost its mtp.* tensors",
         )
     ]
+
+
+def _prefixed_names(diff: _Difference) -> list[SourceError]:
+    """DeepSeek's names behind a prefix, as wrappers write them."""
+    prefixes: dict[str, list[str]] = defaultdict(list)
+    missing = set(diff.missing)
+    for name in diff.extra:
+        parts = name.split(".")
+        for count in range(1, len(parts)):
+            if ".".join(parts[count:]) in missing:
+                prefixes[".".join(parts[:count]) + "."].append(name)
+                break
+    errors = []
+    # model.norm.weight is a name of transformers' as well, but one of few.
+    for prefix, names in ((p, found) for p, found in prefixes.items() if 2 * len(found) > len(diff.extra)):
+        diff.explain([*names, *(name.removeprefix(prefix) for name in names)])
+        errors.append(
+            diff.error(
+                f"{_count(names, 'tensor')} {'has' if len(names) == 1 else 'have'} names with {prefix} before them",
+                f"upstream names such as {names[0].removeprefix(prefix)}",
+                few([shown(name) for name in names]),
+                f"rename them, in shards and index, without {prefix}",
+            )
+        )
+    return errors
 
 
 def _artifact(diff: _Difference) -> list[SourceError]:
@@ -188,7 +230,7 @@ def _draft(diff: _Difference, dims: Dims) -> list[SourceError]:
         what, expected = "The files have MTP tensors, but config.json has no MTP layer", f"{key} of at least 1"
         found = f"{told}; {len(names):,} mtp.* tensors: {few(names)}"
         hint = f"restore {key} in config.json (DeepSeek-V4-Flash: 1), or remove the mtp.* tensors"
-    elif dims.mtp_layers > 0 and kind == "none":
+    elif kind == "none" and any(diff.specs[name].is_mtp for name in diff.missing):
         count = sum(spec.is_mtp for spec in diff.specs.values())
         what, expected = "config.json has MTP, but the files have no mtp.* tensor", f"{count:,} mtp.* tensors ({told})"
         found, hint = "none", f"download a checkpoint with MTP, or set {key} to 0 to make an artifact without it"

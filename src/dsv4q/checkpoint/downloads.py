@@ -133,7 +133,7 @@ def find_holes(root: Path, tensors: Iterable[TensorEntry]) -> Holes:
             # the header's last block goes on into the data
             is_empty.append(any(a <= begin + os.fstat(handle).st_blksize and b == size for a, b in holes))
             last = max((entry for entry in entries if entry.nbytes), key=lambda entry: entry.start, default=None)
-            if last is not None and last.name.endswith(".weight") and not holes:
+            if last is not None and last.name.endswith(".weight") and last.start + last.nbytes <= size and not holes:
                 length = min(_TAIL, last.nbytes)
                 if not read_at(handle, last.start + last.nbytes - length, length, root / file).strip(b"\0"):
                     (warnings if last.name.endswith(_SPARSE_OK) else findings).add(

@@ -10,7 +10,7 @@ import os
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ MAX_INDEX = 256 << 20
 _SERIES = re.compile(r"(?P<prefix>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+_LOCAL_PATH = re.compile(r"(/|~|file:|\.\.?/|[A-Za-z]:[\\/]).*", re.DOTALL)
 
 _ONE_REVISION = "download index and shards again, of one revision"
 
@@ -77,6 +79,20 @@ def load_model_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SourceError("config.json is not a JSON object", where=file, found=type(config).__name__)
     return config
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Every string in a value of config.json, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(one)
+
+
+def has_local_path(value: object) -> bool:
+    """Whether a value of config.json has a path that only somebody's machine knows."""
+    return any(_LOCAL_PATH.fullmatch(text) for text in texts_in(value))
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,11 @@ class NativeCheckpoint(Checkpoint):
         where = f"{name} in {there.weight.file}, {there.scale.name} in {there.scale.file}"
         return (mxfp4_to_bf16 if there.form == MXFP4 else fp8_to_bf16)(weight, scale, where)
 
+    @property
+    def on_disk_tensors(self) -> Mapping[str, TensorEntry]:
+        """See `Checkpoint.on_disk_tensors`: weights and scales."""
+        return self.on_disk.tensors
+
     @cached_property
     def holes(self) -> Holes:
         """See `Checkpoint.holes`."""

@@ -244,6 +244,11 @@ class Checkpoint:
         """
         return self._filled([self._entry(name)], pinned=False)[0]
 
+    @property
+    def on_disk_tensors(self) -> Mapping[str, TensorEntry]:
+        """The tensors as they lie in the files."""
+        return self.tensors
+
     @cached_property
     def holes(self) -> Holes:
         """Data that was never written; see `downloads.find_holes`."""

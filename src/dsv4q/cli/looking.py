@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dsv4q.checkpoint.pin import pin_of
+from dsv4q.checkpoint.source import scan
 from dsv4q.cli.options import Json, Quiet
 from dsv4q.console import console_of, human_bytes, human_seconds
 from dsv4q.errors import command
@@ -35,8 +37,11 @@ def verify_shards(
     console = console_of(as_json, quiet, is_first_rank)
     with verifying(console, artifact, reads=bool(deep or source)) as progress:
         result = judge(artifact, source=source, deep=deep, progress=progress, device=device)
-    console.data(result.as_dict())
+    pin = None if source is None else pin_of(scan(source))
+    console.data(result.as_dict() | ({} if pin is None else {"source_pin": pin.as_dict()}))
     show_verification(result, console)
+    if pin is not None:
+        console.print(f"against {pin.text()}")
     if not result.ok:
         raise typer.Exit(3)
     console.talk(f"verified in {human_seconds(result.seconds)}")

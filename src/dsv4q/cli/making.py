@@ -37,9 +37,7 @@ def toy(
 
     console = console_of(as_json, quiet, is_first_rank)
     if grid and native:
-        raise UsageError(
-            "--grid and --native exclude each other", where="dsv4q toy", hint="run it twice, into two OUTs"
-        )
+        raise UsageError("--grid and --native exclude each other", where="dsv4q toy", hint="two OUTs take two runs")
     form = native_form() if native else grid_form() if grid else RANDOM
     summary = write_toy(out, load_toy_config(config) if config else ToyConfig(), seed, form)
     console.data(asdict(summary))
@@ -88,11 +86,14 @@ def plan(
     from dsv4q.plan.plan import make_plan, with_problem
     from dsv4q.plan.work import WorkTable
     from dsv4q.report.show import show_plan, show_ranks
+    from dsv4q.run.calibration import tokenizer_finding
 
     console = console_of(as_json, quiet, is_first_rank)
     parsed = load_config(config)
     with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
+        if checkpoint.has_weights:
+            made = with_problem(made, tokenizer_finding(parsed, source), stops=parsed.needs_data)
     made = with_problem(made, gpu_problem(made.estimate, gpu_memory))
     shares = WorkTable(made, ranks).by_rank() if ranks > 1 else []
     console.data(made.as_dict() | ({"ranks": shares} if shares else {}))

@@ -58,6 +58,12 @@ dsv4q verify-shards . --deep --source /path/to/the/source
 
 checks every header, scale and byte against the checkpoint that this was made from.
 
+## Source
+
+{source}.
+
+Of `config.json` and the index the bytes of the files, of the tensors lines of name, dtype and shape.
+
 ## License
 
 {license}
@@ -84,6 +90,7 @@ def model_card(plan: Plan, source: Path) -> str:
         size=size,
         gpus="4 GPUs of 80 GB or more" if size > 100 else "any GPU that holds them",
         license=text,
+        source=plan.pin.text(),
     )
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from dsv4q.checkpoint.against_layout import compare_with_layout, draft_kind
 from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of, packed_alike
+from dsv4q.checkpoint.pin import Pin, pin_of
 from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan, balanced_shards, blocks_of
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config
 from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
 from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
+from dsv4q.plan.model_config import carried_config
 from dsv4q.plan.needs import CUDA_BYTES, Estimate, estimate
 from dsv4q.plan.targets import published_config, select
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme, stored_tensors
@@ -53,6 +55,7 @@ class Plan(ShardPlan):
     """What a run will read, make and write."""
 
     source: str
+    pin: Pin
     dims: Dims
     config: Config
     source_specs: tuple[TensorSpec, ...]
@@ -82,6 +85,7 @@ class Plan(ShardPlan):
         return {
             "source": {
                 "path": self.source,
+                "pin": self.pin.as_dict(),
                 "layout": self.source_files.layout,
                 "forms": self.source_files.forms,
                 "tensors": sum(count for count, _ in self.source_files.entries.values()),
@@ -161,22 +165,24 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     files = SourceFiles.of(checkpoint, specs)
     packed = _experts_packed(checkpoint, specs, config, selection.group_of)
     needs = estimate(specs, shards, config, dims, lambda name: files.entries[name][1] if packed else 0)
+    carried, odd_keys = carried_config(checkpoint.config, checkpoint.config_file)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
     return Plan(
         source=str(checkpoint.root),
+        pin=pin_of(checkpoint),
         dims=dims,
         config=config,
         source_specs=tuple(specs),
         source_files=files,
         shards=shards,
         group_of=dict(selection.group_of),
-        artifact_config=_artifact_config(checkpoint.config, config, dims, dict(selection.group_of)),
+        artifact_config=_artifact_config(carried, config, dims, dict(selection.group_of)),
         draft=draft_kind(names),
         experts_packed=packed,
         estimate=needs,
         free_disk=free_disk,
         problems=tuple(problems),
-        warnings=(*checkpoint.warnings, *checkpoint.holes.warnings),
+        warnings=(*checkpoint.warnings, *checkpoint.holes.warnings, *odd_keys),
     )
 
 
@@ -272,17 +278,21 @@ def _head_copies(specs: list[TensorSpec]) -> Iterator[PlannedTensor]:
 
 
 def _artifact_config(source: dict[str, Any], config: Config, dims: Dims, group_of: dict[str, str]) -> dict[str, Any]:
-    """The source's config.json, every key kept, with our quantization_config; without MTP its count is 0."""
-    result = {key: value for key, value in source.items() if key != "quantization_config"}
+    """The keys that go on of the source's config.json, with our quantization_config; without MTP its count is 0."""
+    result = dict(source)
     if not config.mtp.keep and "num_nextn_predict_layers" in result:
         result["num_nextn_predict_layers"] = 0
     result["quantization_config"] = published_config(config.groups, group_of, dims, QUANTIZATION_VERSION)
     return result
 
 
-def with_problem(plan: Plan, problem: Dsv4qError | None) -> Plan:
-    """The same plan with one more problem, if there is one."""
-    return plan if problem is None else replace(plan, problems=(*plan.problems, problem))
+def with_problem(plan: Plan, problem: Dsv4qError | None, *, stops: bool = True) -> Plan:
+    """The same plan with one more problem, or a warning if it `stops` nothing, if there is one."""
+    if problem is None:
+        return plan
+    if stops:
+        return replace(plan, problems=(*plan.problems, problem))
+    return replace(plan, warnings=(*plan.warnings, problem))
 
 
 def artifact_config_text(plan: Plan) -> str:

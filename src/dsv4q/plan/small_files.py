@@ -14,6 +14,7 @@ from dsv4q.checkpoint.output import check_output
 from dsv4q.checkpoint.shards import ShardPlan, index_text
 from dsv4q.checkpoint.writer import write_sparse_shards
 from dsv4q.errors import OutputError
+from dsv4q.plan.model_config import code_files
 from dsv4q.plan.modelcard import LICENSE_FILE, model_card
 from dsv4q.plan.plan import Plan, artifact_config_text
 
@@ -27,9 +28,10 @@ _CARRIED_FOLDERS = ("encoding",)
 
 
 def carried_files(source: Path) -> list[Path]:
-    """Files of the source, relative to it, that go into the artifact as they are: tokenizer, encoding, license."""
+    """Files of the source, relative to it, that go into the artifact as they are: tokenizer, license and the like."""
     found = [Path(name) for name in _CARRIED if (source / name).is_file()]
     found += [Path(p.name) for p in sorted(source.iterdir()) if p.is_file() and LICENSE_FILE.fullmatch(p.name)]
+    found += [Path(name) for name in code_files(source)]
     for folder in _CARRIED_FOLDERS:
         if (source / folder).is_dir():
             inside = sorted(p for p in (source / folder).rglob("*") if p.is_file())

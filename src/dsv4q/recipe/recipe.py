@@ -49,7 +49,7 @@ def library_recipe(groups: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[
 
 _PLAINLY = {
     "bool_type": "true or false", "int_type": "an integer", "float_type": "a number", "string_type": "a text",
-    "missing": "this key", "model_type": "a mapping of keys", "dict_type": "a mapping of keys",
+    "missing": "this key, which is required", "model_type": "a mapping of keys", "dict_type": "a mapping of keys",
 }  # fmt: skip
 """Types of pydantic's errors -> what would have been right, in words of YAML."""
 
@@ -71,6 +71,8 @@ def explain(error: ValidationError, where: str, document: str, keys: str) -> dic
     else:
         expected = first["msg"].removeprefix("Value error, ")
         details |= {"what": f"Wrong value in the {document}: {key}", "expected": _PLAINLY.get(first["type"], expected)}
+        if first["type"] == "missing":
+            details["found"] = "no such key"
         if isinstance(first["input"], bool):
             details["found"] += ", which YAML makes of yes, no, on and off too"
     if error.error_count() > 1:

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.errors import CalibrationError
+from dsv4q.errors import CalibrationError, WeightError
 from dsv4q.layout import TensorSpec
 from dsv4q.model.model import (
     BlockInputs,
@@ -193,8 +193,9 @@ class BlockWorker:
         with routing.watching(self.model.model.layers[index].mlp):
             self.streams.through(name, compute)
         self._prepare_next(index + 1)
+        block.check_finite(self.where, sizes=False)
+        self._check_streams(block, torch.stack(finite).tolist() if finite else [])
         self._check_finite(block)
-        self._check_streams(name, torch.stack(finite).tolist() if finite else [])
         routing.gather(self.ranks)
         record.done.micro_batches = len(self.streams)
         record.facts["tokens_per_expert"] = routing.counts.tolist()
@@ -210,15 +211,20 @@ class BlockWorker:
         if f"layers.{index}" in self.to_encode:
             self._linears_of(f"layers.{index}")
 
-    def _check_streams(self, block: str, finite: Sequence[bool]) -> None:
+    def _check_streams(self, block: LoadedBlock, finite: Sequence[bool]) -> None:
         fine = dict(zip(self.streams.mine, finite, strict=True))
         if not all(fine.values()):
+            hint = "the source's weights of this layer are damaged or not of this architecture"
+            try:
+                self._check_finite(block)
+            except WeightError as error:
+                hint += f": {error.where} has {error.found}"
             raise CalibrationError(
                 "The activations became non-finite while calibrating",
-                where=f"{block}, micro-batch {next(n for n, good in fine.items() if not good)}",
+                where=f"{block.task.name}, micro-batch {next(n for n, good in fine.items() if not good)}",
                 expected="finite residual streams",
                 found="NaN or Inf",
-                hint="the source's weights of this layer are damaged or not of this architecture",
+                hint=hint,
             )
 
     def _inputs_of(self, ids: torch.Tensor) -> BlockInputs:

@@ -61,6 +61,20 @@ def data_problem(config: Config, source: Path) -> DataError | None:
     return None
 
 
+def tokenizer_finding(config: Config, source: Path) -> DataError | None:
+    """What to say of a source without a tokenizer: a problem where data are to be tokenized, else a warning."""
+    if (source / "tokenizer.json").is_file():
+        return None
+    needed = config.needs_data
+    return DataError(
+        "The checkpoint has no tokenizer",
+        where=source / "tokenizer.json",
+        found="no such file",
+        hint="copy tokenizer.json and tokenizer_config.json of the release into this folder"
+        + ("" if needed else "; the run needs none, but who serves the artifact does"),
+    )
+
+
 def load_data(config: Config, source: Path, vocab: int) -> CalibrationData | None:
     """The token batches; None: no data are needed.
 

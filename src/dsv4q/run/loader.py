@@ -88,8 +88,8 @@ class LoadedBlock:
             for tensor in (*self.tensors.values(), *(fine for _, fine in self.checked)):
                 tensor.record_stream(stream)
 
-    def check_finite(self, where: Callable[[TensorSpec], str]) -> None:
-        """Refuse NaN, Inf and what `check_values` does; `where` names a tensor for people.
+    def check_finite(self, where: Callable[[TensorSpec], str], *, sizes: bool = True) -> None:
+        """Refuse NaN, Inf and, if `sizes`, what `check_values` does besides; `where` names a tensor for people.
 
         Raises:
             WeightError: the first tensor that has one, or that is packed and stands for no number.
@@ -99,7 +99,7 @@ class LoadedBlock:
         specs = [spec for part, _ in self.checked for spec in part]
         fine = torch.cat([fine for _, fine in self.checked]).tolist()
         for spec in (spec for spec, good in zip(specs, fine, strict=True) if not good):
-            check_values(spec, self.source.tensor(spec.name), where)  # it may be gone from the device
+            check_values(spec, self.source.tensor(spec.name), where, sizes=sizes)  # it may be gone from the device
 
 
 @dataclass

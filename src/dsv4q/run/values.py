@@ -23,7 +23,9 @@ def are_usual(ends: torch.Tensor) -> torch.Tensor:
     return (size > 0) & (size <= LARGEST)
 
 
-def check_values(spec: TensorSpec, tensor: torch.Tensor, where: Callable[[TensorSpec], str]) -> None:
+def check_values(
+    spec: TensorSpec, tensor: torch.Tensor, where: Callable[[TensorSpec], str], *, sizes: bool = True
+) -> None:
     """Refuse NaN and Inf, and weights and norms that are not a model's.
 
     Zeros are what a download leaves that was stopped after its space was allocated. One huge value, which a single
@@ -31,6 +33,7 @@ def check_values(spec: TensorSpec, tensor: torch.Tensor, where: Callable[[Tensor
 
     Args:
         where: names a tensor for people.
+        sizes: not NaN and Inf alone.
 
     Raises:
         WeightError: says what is wrong.
@@ -46,7 +49,7 @@ def check_values(spec: TensorSpec, tensor: torch.Tensor, where: Callable[[Tensor
             "file looks like another source, in which case --no-resume starts over",
         )
     size = float(tensor.abs().max())
-    if not spec.name.endswith(".weight"):
+    if not sizes or not spec.name.endswith(".weight"):
         return  # a bias may be zero, or as good as infinite
     if size == 0:
         raise WeightError(

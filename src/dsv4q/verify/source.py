@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv4q.checkpoint.against_layout import compare_with_layout
+from dsv4q.checkpoint.folder import has_local_path
 from dsv4q.checkpoint.headers import shown
 from dsv4q.checkpoint.native import entries_of
 from dsv4q.checkpoint.source import Checkpoint, require_weights
@@ -80,11 +81,16 @@ def _is_about(problem: SourceError, source: Checkpoint, file: str) -> bool:
     return str(problem.where) == place or str(problem.where).startswith(f"{place}: ")
 
 
+def _may_stay_behind(key: str, value: object) -> bool:
+    """A private path, and a reference to Python files, which may not be there."""
+    return key in ("_name_or_path", "auto_map") or has_local_path(value)
+
+
 def _compare_configs(case: Case, config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
     """Every key kept, as JSON has it: 1, 1.0 and true are three values.
 
     Without its draft, an artifact says so in num_nextn_predict_layers, and compress_ratios may end with the main
-    layers. A private path may stay behind.
+    layers.
     """
     dropped = config.get("num_nextn_predict_layers") == 0
     for key in sorted((config.keys() | source.keys()) - {"quantization_config"}):
@@ -92,7 +98,9 @@ def _compare_configs(case: Case, config: Mapping[str, Any], source: Mapping[str,
         ours, theirs = config.get(key, "no such key"), source.get(key, "no such key")
         if dropped and key == "compress_ratios" and isinstance(theirs, list) and len(ours) < len(theirs):
             theirs = theirs[: case.contract.dims.layers]
-        if (dropped and key == "num_nextn_predict_layers") or (key == "_name_or_path" and key not in config):
+        if (dropped and key == "num_nextn_predict_layers") or (key not in config and _may_stay_behind(key, theirs)):
+            continue
+        if key in ("dtype", "torch_dtype") and ours == "bfloat16":  # that of the weights, whatever the source calls it
             continue
         if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
             case.log.differs("source", file="config.json", expected=f"{key}: {theirs!r}", found=repr(ours))
