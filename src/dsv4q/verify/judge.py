@@ -35,6 +35,7 @@ from dsv4q.host import compute_alone, cores, usable_device
 from dsv4q.layout import Dims
 from dsv4q.verify.case import COMPRESSED, Case, Contract
 from dsv4q.verify.config import judge_model_config
+from dsv4q.verify.digests import NONE, compare_digests, reported_digests
 from dsv4q.verify.exactness import promised_linears
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
 from dsv4q.verify.result import Difference, Log, VerifyResult, reason
@@ -96,12 +97,17 @@ def verify(
     if source is None:
         judge_model_config(config, dims, log)
     promised = frozenset() if plain else promised_linears(artifact, contract.specs, log)
+    reported = reported_digests(artifact) if deep and source is None else {}
     place = usable_device(device) if deep or source is not None else None
     with nullcontext() if source is None else scan_source(source) as original:
         if original is not None:
             require_comparable(original, contract)
-        judge = Judge(artifact, contract, log, source=original, deep=deep, device=place, promised=promised)
+        judge = Judge(
+            artifact, contract, log, source=original, deep=deep, device=place, promised=promised, hashed=bool(reported)
+        )
         judge.all_shards(headers, progress)
+        if reported:
+            compare_digests(judge.case, reported)
     return VerifyResult(
         artifact=str(artifact),
         kind="plain" if plain else "quantized",
@@ -112,6 +118,7 @@ def verify(
         checks=dict(log.checks),
         differences=tuple(log.differences),
         errors={role: stats.as_dict() for role, stats in judge.case.errors.items()},
+        notes=(NONE,) if deep and source is None and not reported else (),
         bytes_read=judge.bytes_read,
         seconds=time.monotonic() - begin,
     )
@@ -155,6 +162,7 @@ class Judge:
         deep: look at every value.
         device: where quantized weights are judged; None: no value is looked at.
         promised: linears that are exact wherever the source allows it, as the artifact's own recipe says.
+        hashed: take the SHA-256 of every tensor whose values are looked at.
         quick: judge linears in batches, and leave those that are exact out of the statistics.
     """
 
@@ -168,12 +176,13 @@ class Judge:
         deep: bool = False,
         device: torch.device | None = None,
         promised: frozenset[str] = frozenset(),
+        hashed: bool = False,
         quick: bool = False,
     ) -> None:
         self.contract, self.log, self.quick = contract, log, quick
         # Only the judge's own headers say where a tensor lies; the reader brings its bytes.
         artifact = Checkpoint(root, dict(contract.config), {}, {}, (), True, root / "config.json")
-        self.case = Case(contract, artifact, source, deep, log, device, promised)
+        self.case = Case(contract, artifact, source, deep, log, device, promised, hashed)
         self.shards, self.tensors, self.mtp_tensors, self.nbytes = 0, 0, 0, 0
         self.bytes_read = 0
         """Of values: of the artifact, and of the source as it lies on disk."""
