@@ -3,9 +3,9 @@
 It derives by itself what must be there: the tensors of a DeepSeek-V4 from config.json (`layout`), how each linear is
 stored from config.json's quantization_config (`config.py`), and it reads index and headers with its own eyes
 (`files.py`), so that every difference is counted once and exactly. It never sees plan, recipe, config, run or the
-writer; with them it shares what a number and a file are: `formats`, `layout`, and the readers of `checkpoint`. Exact
-sets, never thresholds: the consumer loads an artifact with a missing expert, a missing scale or a scale of the wrong
-dtype in silence.
+writer; with them it shares what a number and a file are: `formats`, `layout`, and the readers of `checkpoint`. Of the
+artifact's own recipe.yaml it asks only which observers are exact. Exact sets, never thresholds: the consumer loads an
+artifact with a missing expert, a missing scale or a scale of the wrong dtype in silence.
 
 A checkpoint without quantization_config is plain: every tensor of the layout in the layout's dtype, no recipe.yaml.
 
