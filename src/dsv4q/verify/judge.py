@@ -13,7 +13,7 @@ There is one judge. `verify` feeds it all shards at once, so that differences ar
 linear may lie in several shards; `rehearse` feeds it each shard as it becomes whole, and deletes it.
 
 Headers are judged without torch. Values are read by one thread for each core. For a GPU these read ahead, and memory is
-`pipes.BUDGET` and the temporaries of one linear; on a CPU each judges what it has read, in `THREAD_BYTES`.
+twice `pipes.BUDGET` and the temporaries of one linear; on a CPU each judges what it has read, in `THREAD_BYTES`.
 """
 
 from __future__ import annotations
@@ -320,7 +320,8 @@ class Judge:
         total, done = sum(self.case.sound[name].nbytes for name in names), 0
         checks = self._values.of(names)
         threads = THREADS if self.quick else max(THREADS, cores())
-        room = BUDGET if self.quick or self.case.device.type != "cpu" else threads * THREAD_BYTES
+        on_host = self.case.device.type == "cpu"
+        room = BUDGET if self.quick else threads * THREAD_BYTES if on_host else 2 * BUDGET
         ahead = loaded_ahead(checks, _load, lambda one: one.memory, budget=room, threads=threads, begin=compute_alone)
         with self.case.artifact, ahead as loaded:
             for check, error in loaded:
