@@ -14,7 +14,6 @@ import artifact_maker as maker
 import runs
 from artifact_maker import edit, read
 from dsv4q.__main__ import main
-from dsv4q.made_up.toy import write_toy
 from dsv4q.verify.inputs import _bounds
 
 
@@ -89,15 +88,19 @@ def test_honest_input_scales_are_plausible(
     assert (code, result["differences"]) == (0, [])
 
 
+@pytest.mark.parametrize("zeros", [True, False])
 def test_an_expert_that_passes_nothing_on_may_have_any_input_scale(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], zeros: bool
 ) -> None:
-    write_toy(tmp_path / "source")
-    name = "layers.2.ffn.experts.1.w1.weight"
-    edit(tmp_path / "source", {name: torch.zeros_like(read(tmp_path / "source")[name])})
-    runs.run(runs.toy_job(tmp_path, make=False))
-    code, result = judged(capsys, tmp_path / "out", "--source", tmp_path / "source")
-    assert (code, result["differences"]) == (0, [])
+    artifact, expert = maker.copy(folder / "out", tmp_path / "a"), "layers.2.ffn.experts.1"
+    (artifact / "report.json").unlink()
+    scale = f"{expert}.w2.input_global_scale"
+    changes = {scale: torch.full((1,), 0.01)}
+    if zeros:
+        packed = read(artifact)[f"{expert}.w1.weight_packed"]
+        changes[f"{expert}.w1.weight_packed"] = packed & 0x88  # and the signs of zeros
+    edit(artifact, changes)
+    assert _named(judged(capsys, artifact)[1]) == (set() if zeros else {scale})
 
 
 def test_every_token_lies_between_the_bounds_of_its_norm() -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,14 @@ def _same_bits(one: Tensor, other: Tensor) -> Tensor:
     return (one.float().view(torch.int32) == other.float().view(torch.int32)).flatten(1).all(dim=1)
 
 
+def everywhere(shows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """What a function shows on the CPU; a GPU, if there is one, shows the same."""
+    found = shows(*tensors)
+    if torch.cuda.is_available():
+        assert torch.equal(found, shows(*(tensor.cuda() for tensor in tensors)).cpu())
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ E2M1
 
 
@@ -47,7 +55,7 @@ def test_of_every_pair_of_nibbles_those_are_equal_that_decode_to_equal_bits(time
     scale = torch.full((len(one), 1, 1), 127 + times, dtype=torch.uint8).view(E8M0)
     block_scale = torch.tensor([2.0, 0.25]).to(torch.float8_e4m3fn).expand(len(one), 1, 2)
     global_scale = torch.full((len(one), 1), 0.25)
-    found = equal_mxfp4(packed, scale, stored, block_scale, global_scale)
+    found = everywhere(equal_mxfp4, packed, scale, stored, block_scale.contiguous(), global_scale)
     decoded = nvfp4_decode(stored, block_scale.contiguous(), global_scale)
     assert torch.equal(found, _same_bits(mxfp4_to_bf16(packed, scale), decoded))
 
@@ -86,7 +94,7 @@ def test_every_e4m3_value_has_the_one_code_that_decodes_to_equal_bits(times: int
     stored = numbers.clamp(-448, 448).to(torch.float8_e4m3fn)
     weight, scale = codes.view(torch.float8_e4m3fn).view(256, 1, 1), torch.full((256, 1, 1), 127 + times)
     scale, block_scale = scale.to(torch.uint8).view(E8M0), torch.ones(256, 1, 1, dtype=torch.bfloat16)
-    found = equal_fp8(weight, scale, stored.view(256, 1, 1), block_scale)
+    found = everywhere(equal_fp8, weight, scale, stored.view(256, 1, 1), block_scale)
     there = (stored.float().view(torch.int32) == numbers.view(torch.int32)) & ~numbers.isnan()
     assert torch.equal(found, there)
     beside = (stored.view(torch.uint8) ^ 1).view(torch.float8_e4m3fn).view(256, 1, 1)
@@ -108,7 +116,7 @@ def test_fp8_blocks_are_compared_each_under_its_own_scales(shape: tuple[int, int
     stored = (reference / wide).to(torch.float8_e4m3fn)
     exact = bool(_same_bits(reference[None], fp8_block_decode(stored, block_scale)[None]))
     arguments = weight[None], scale[None], stored[None], block_scale[None]
-    assert bool(equal_fp8(*arguments)) == exact
+    assert bool(everywhere(equal_fp8, *arguments)) == exact
     stored.view(torch.uint8)[-1, -1] ^= 0x80
     assert not bool(equal_fp8(*arguments))
 

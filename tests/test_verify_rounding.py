@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from torch import Tensor
 
 import artifact_maker as maker
+import runs
 from artifact_maker import edit, read
 from dsv4q.__main__ import main
 
@@ -76,10 +78,12 @@ def _int4(module: str, stored: maker.Tensors, weight: Tensor) -> maker.Tensors:
     return {f"{module}.weight_packed": (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int32)}
 
 
-def judged(capsys: pytest.CaptureFixture[str], artifact: Path, source: Path) -> tuple[int, dict[str, Any]]:
+def judged(
+    capsys: pytest.CaptureFixture[str], artifact: Path, source: Path, *arguments: str
+) -> tuple[int, dict[str, Any]]:
     """Exit code and result of the real command."""
     with pytest.raises(SystemExit) as stopped:
-        main(["verify-shards", str(artifact), "--deep", "--source", str(source), "--json"])
+        main(["verify-shards", str(artifact), "--deep", "--source", str(source), *arguments, "--json"])
     return stopped.value.code or 0, json.loads(capsys.readouterr().out)  # type: ignore[return-value]
 
 
@@ -88,6 +92,19 @@ def test_codes_of_a_quotient_that_was_not_rounded_to_bf16_are_right(
 ) -> None:
     code, result = judged(capsys, by_kernels, source)
     assert (code, result["differences"]) == (0, [])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", ["nvfp4-fp8-mtp-minmax", "w4a16-fp8-mtp", "nvfp4-fp8-mtp"])
+@pytest.mark.parametrize("made_on", ["cpu", "cuda"])
+def test_what_a_gpu_or_a_cpu_makes_is_as_it_must_be_to_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, made_on: str
+) -> None:
+    job = replace(runs.toy_job(tmp_path, config), device=made_on)
+    runs.run(job)
+    found = [judged(capsys, job.out, job.source, "--device", device)[1] for device in ("cpu", "cuda")]
+    assert [result["differences"] for result in found] == [[], []]
+    assert found[0]["checks"] == found[1]["checks"]
 
 
 def _next_code(weight: Tensor) -> int:

@@ -22,7 +22,9 @@ def verify_shards(
     source: Annotated[
         Path | None, typer.Option(help="The checkpoint it was made from: compare and re-encode every tensor.")
     ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read the data too: scales, pairs, ranges, NaN.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read the data too: scales, NaN, digests of report.json.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where weights are compared: auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Json = False,
     quiet: Quiet = False,

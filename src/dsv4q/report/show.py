@@ -158,6 +158,8 @@ def show_verification(result: VerifyResult, console: Console) -> None:
     in_all = result.exactness()
     if in_all is not None:
         console.print(f"in all: {exactness(in_all)}")
+    for note in result.notes:
+        console.print(note)
     show_differences([difference.as_dict() for difference in result.differences], console)
     kind = "BF16 checkpoint, " if result.kind == "plain" else ""
     verdict = "as it must be" if result.ok else f"{len(result.differences):,} difference(s)"

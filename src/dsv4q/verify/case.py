@@ -116,6 +116,10 @@ class Case:
     """Where quantized weights are judged; None: no value is looked at."""
     promised: frozenset[str] = frozenset()
     """Linears that are exact wherever the source allows it, as the artifact's own recipe says."""
+    hashed: bool = False
+    """Take the SHA-256 of every tensor that is read."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of those tensors."""
     sound: dict[str, Header] = field(default_factory=dict)
     """Tensors that must be there and are, once, with the right dtype and shape."""
     errors: dict[str, ClassErrors] = field(default_factory=lambda: defaultdict(ClassErrors))

@@ -3,9 +3,9 @@
 It derives by itself what must be there: the tensors of a DeepSeek-V4 from config.json (`layout`), how each linear is
 stored from config.json's quantization_config (`config.py`), and it reads index and headers with its own eyes
 (`files.py`), so that every difference is counted once and exactly. It never sees plan, recipe, config, run or the
-writer; with them it shares what a number and a file are: `formats`, `layout`, and the readers of `checkpoint`. Exact
-sets, never thresholds: the consumer loads an artifact with a missing expert, a missing scale or a scale of the wrong
-dtype in silence.
+writer; with them it shares what a number and a file are: `formats`, `layout`, and the readers of `checkpoint`. Of the
+artifact's own recipe.yaml it asks only which observers are exact. Exact sets, never thresholds: the consumer loads an
+artifact with a missing expert, a missing scale or a scale of the wrong dtype in silence.
 
 A checkpoint without quantization_config is plain: every tensor of the layout in the layout's dtype, no recipe.yaml.
 
@@ -13,7 +13,7 @@ There is one judge. `verify` feeds it all shards at once, so that differences ar
 linear may lie in several shards; `rehearse` feeds it each shard as it becomes whole, and deletes it.
 
 Headers are judged without torch. Values are read by one thread for each core. For a GPU these read ahead, and memory is
-`pipes.BUDGET` and the temporaries of one linear; on a CPU each judges what it has read, in `THREAD_BYTES`.
+twice `pipes.BUDGET` and the temporaries of one linear; on a CPU each judges what it has read, in `THREAD_BYTES`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from dsv4q.host import compute_alone, cores, usable_device
 from dsv4q.layout import Dims
 from dsv4q.verify.case import COMPRESSED, Case, Contract
 from dsv4q.verify.config import judge_model_config
+from dsv4q.verify.digests import NONE, compare_digests, reported_digests
 from dsv4q.verify.exactness import promised_linears
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
 from dsv4q.verify.result import Difference, Log, VerifyResult, reason
@@ -96,12 +97,17 @@ def verify(
     if source is None:
         judge_model_config(config, dims, log)
     promised = frozenset() if plain else promised_linears(artifact, contract.specs, log)
+    reported = reported_digests(artifact) if deep and source is None else {}
     place = usable_device(device) if deep or source is not None else None
     with nullcontext() if source is None else scan_source(source) as original:
         if original is not None:
             require_comparable(original, contract)
-        judge = Judge(artifact, contract, log, source=original, deep=deep, device=place, promised=promised)
+        judge = Judge(
+            artifact, contract, log, source=original, deep=deep, device=place, promised=promised, hashed=bool(reported)
+        )
         judge.all_shards(headers, progress)
+        if reported:
+            compare_digests(judge.case, reported)
     return VerifyResult(
         artifact=str(artifact),
         kind="plain" if plain else "quantized",
@@ -112,6 +118,7 @@ def verify(
         checks=dict(log.checks),
         differences=tuple(log.differences),
         errors={role: stats.as_dict() for role, stats in judge.case.errors.items()},
+        notes=(NONE,) if deep and source is None and not reported else (),
         bytes_read=judge.bytes_read,
         seconds=time.monotonic() - begin,
     )
@@ -155,6 +162,7 @@ class Judge:
         deep: look at every value.
         device: where quantized weights are judged; None: no value is looked at.
         promised: linears that are exact wherever the source allows it, as the artifact's own recipe says.
+        hashed: take the SHA-256 of every tensor whose values are looked at.
         quick: judge linears in batches, and leave those that are exact out of the statistics.
     """
 
@@ -168,12 +176,13 @@ class Judge:
         deep: bool = False,
         device: torch.device | None = None,
         promised: frozenset[str] = frozenset(),
+        hashed: bool = False,
         quick: bool = False,
     ) -> None:
         self.contract, self.log, self.quick = contract, log, quick
         # Only the judge's own headers say where a tensor lies; the reader brings its bytes.
         artifact = Checkpoint(root, dict(contract.config), {}, {}, (), True, root / "config.json")
-        self.case = Case(contract, artifact, source, deep, log, device, promised)
+        self.case = Case(contract, artifact, source, deep, log, device, promised, hashed)
         self.shards, self.tensors, self.mtp_tensors, self.nbytes = 0, 0, 0, 0
         self.bytes_read = 0
         """Of values: of the artifact, and of the source as it lies on disk."""
@@ -311,7 +320,8 @@ class Judge:
         total, done = sum(self.case.sound[name].nbytes for name in names), 0
         checks = self._values.of(names)
         threads = THREADS if self.quick else max(THREADS, cores())
-        room = BUDGET if self.quick or self.case.device.type != "cpu" else threads * THREAD_BYTES
+        on_host = self.case.device.type == "cpu"
+        room = BUDGET if self.quick else threads * THREAD_BYTES if on_host else 2 * BUDGET
         ahead = loaded_ahead(checks, _load, lambda one: one.memory, budget=room, threads=threads, begin=compute_alone)
         with self.case.artifact, ahead as loaded:
             for check, error in loaded:

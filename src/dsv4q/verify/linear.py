@@ -11,6 +11,7 @@ loaded. On a CPU each thread judges one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from dsv4q.checkpoint.native import entries_of
 from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.compare import tensor_error
+from dsv4q.formats.dtypes import tensor_bytes
 from dsv4q.formats.error import TensorError
 from dsv4q.layout import TensorSpec
 from dsv4q.verify.bounds import Blocks, dishonest_scales, far_elements, powers_of_two
@@ -98,7 +100,11 @@ class Linear:
         """Everything from the disk to the device; on the host, judge too."""
         case = self.case
         try:
-            self.stored = {suffix: case.artifact.tensor(name).to(case.device) for suffix, name in self.names.items()}
+            for suffix, name in self.names.items():
+                tensor = case.artifact.tensor(name)
+                if case.hashed:
+                    case.digests[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+                self.stored[suffix] = tensor.to(case.device)
             self.shared.load()
         except SourceError as error:
             self.lost = error

@@ -17,7 +17,7 @@ class Difference:
 
     check: str
     """files, index, headers, config, targets, tensors, mtp, scales, pairs, inputs, values, bytes, encoding, exact,
-    error or source."""
+    error, digests or source."""
     tensor: str | None
     file: str | None
     expected: str
@@ -82,6 +82,8 @@ class VerifyResult:
     differences: tuple[Difference, ...]
     errors: dict[str, dict[str, Any]]
     """Weight error by tensor class (`ClassErrors.as_dict`); empty without a source."""
+    notes: tuple[str, ...]
+    """What could not be found out, and why."""
     bytes_read: int
     """Of tensor data, of the artifact and of the source as it lies on disk; 0 if only headers were read."""
     seconds: float
@@ -114,6 +116,7 @@ class VerifyResult:
             "differences": [difference.as_dict() for difference in self.differences],
             "errors": self.errors,
             "exactness": self.exactness(),
+            "notes": list(self.notes),
             "bytes_read": self.bytes_read,
             "seconds": round(self.seconds, 3),
         }

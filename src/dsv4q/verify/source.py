@@ -96,8 +96,8 @@ def _compare_configs(case: Case, config: Mapping[str, Any], source: Mapping[str,
     for key in sorted((config.keys() | source.keys()) - {"quantization_config"}):
         case.log.looked_at("source")
         ours, theirs = config.get(key, "no such key"), source.get(key, "no such key")
-        if dropped and key == "compress_ratios" and isinstance(theirs, list) and len(ours) < len(theirs):
-            theirs = theirs[: case.contract.dims.layers]
+        if dropped and key == "compress_ratios" and isinstance(theirs, list) and len(ours) == case.contract.dims.layers:
+            theirs = theirs[: len(ours)]
         if (dropped and key == "num_nextn_predict_layers") or (key not in config and _may_stay_behind(key, theirs)):
             continue
         if key in ("dtype", "torch_dtype") and ours == "bfloat16":  # that of the weights, whatever the source calls it

@@ -37,6 +37,7 @@ class UntouchedTensor:
         self.pieces: Pieces = {}
         self.experts = case.contract.dims.experts if name.endswith(".tid2eid") else None
         self.different, self.first, self.bad = 0, 0, 0
+        self.hash = hashlib.sha256()
         self.unread: SourceError | WeightError | None = None
         """Why the source could not be read to the end."""
 
@@ -56,6 +57,8 @@ class UntouchedTensor:
 
     def finish(self) -> None:
         """Say what is wrong, now that every byte has been seen."""
+        if self.case.hashed:
+            self.case.digests[self.name] = self.hash.hexdigest()
         if self.unread is not None:
             self.case.differs("source", self.name, f"{self.main} of the source that can be read", reason(self.unread))
         elif self.case.source is not None and not self.lost:
@@ -91,13 +94,15 @@ class UntouchedTensor:
 
 
 class ByteRange:
-    """Some consecutive bytes of one tensor. All the work is done on the loading thread."""
+    """Some consecutive bytes of one tensor. All the work but hashing is done on the loading thread."""
 
     def __init__(self, tensor: UntouchedTensor, start: int, size: int, *, last: bool) -> None:
         self.tensor, self.start, self.size, self.last = tensor, start, size, last
         self.label = tensor.name
         self.read, self.memory = self._reads(), 2 * size
         self.unequal, self.first, self.bad = 0, 0, 0
+        self.mine = bytearray()
+        """Kept to be hashed, in the order of the ranges."""
 
     def _reads(self) -> int:
         source = self.tensor.case.source
@@ -122,10 +127,15 @@ class ByteRange:
                 self.unequal, self.first = int(unequal.sum()), int(unequal.nonzero()[0])
         if tensor.is_twin:
             tensor.pieces[self.start] = hashlib.sha256(mine).digest()
+        if case.hashed:
+            self.mine = mine
         if case.deep and mine:
             self.bad = _impossible(mine, tensor.header.dtype, tensor.experts)
 
     def judge(self) -> None:
+        if self.tensor.case.hashed:
+            self.tensor.hash.update(self.mine)
+            self.mine = bytearray()
         self.tensor.count(self.start, self.unequal, self.first, self.bad)
         if self.last:
             self.tensor.finish()
