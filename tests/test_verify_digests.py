@@ -114,6 +114,13 @@ def test_what_is_told_otherwise_is_not_told_again(artifact: Path, capsys: pytest
     assert (difference["check"], difference["tensor"]) == ("values", name)
 
 
+def test_a_shard_that_is_cut_off_is_told_once(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = artifact / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    (difference,) = judged(capsys, artifact, "--deep")[1]["differences"]
+    assert (difference["check"], difference["file"]) == ("headers", shard.name)
+
+
 def test_without_digests_it_is_said_that_bytes_are_not_known(
     artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

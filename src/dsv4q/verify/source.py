@@ -45,9 +45,13 @@ def compare_folders(case: Case) -> None:
             continue
         case.log.looked_at("source")
         copy = artifact.root / name
-        if not copy.is_file() or copy.read_bytes() != path.read_bytes():
+        try:
+            if copy.is_file() and copy.read_bytes() == path.read_bytes():
+                continue
             found = "another file" if copy.is_file() else "no such file"
-            case.log.differs("source", file=name, expected="the source's file", found=found)
+        except OSError as error:
+            found = f"one that cannot be read: {error}"
+        case.log.differs("source", file=name, expected="the source's file", found=found)
 
 
 def _tell_problems(case: Case, source: Checkpoint) -> None:
