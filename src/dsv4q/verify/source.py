@@ -12,6 +12,7 @@ from dsv4q.checkpoint.headers import shown
 from dsv4q.checkpoint.native import entries_of
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.errors import SourceError
+from dsv4q.layout import NO_DRAFT
 from dsv4q.verify.case import COMPRESSED, Case, Contract
 from dsv4q.verify.result import reason
 
@@ -83,16 +84,18 @@ def _is_about(problem: SourceError, source: Checkpoint, file: str) -> bool:
 def _compare_configs(case: Case, config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
     """Every key kept, as JSON has it: 1, 1.0 and true are three values.
 
-    Without its draft, an artifact says so in num_nextn_predict_layers, and compress_ratios may end with the main
-    layers. A private path may stay behind.
+    Without its draft, an artifact says so in num_nextn_predict_layers, has no dspark_* key, and compress_ratios may end
+    with the main layers. A private path may stay behind.
     """
-    dropped = config.get("num_nextn_predict_layers") == 0
+    dims = case.contract.dims
+    dropped = dims.draft.kind == NO_DRAFT
+    described = ("num_nextn_predict_layers", "dspark_") if dropped else ()
     for key in sorted((config.keys() | source.keys()) - {"quantization_config"}):
         case.log.looked_at("source")
         ours, theirs = config.get(key, "no such key"), source.get(key, "no such key")
         if dropped and key == "compress_ratios" and isinstance(theirs, list) and len(ours) < len(theirs):
-            theirs = theirs[: case.contract.dims.layers]
-        if (dropped and key == "num_nextn_predict_layers") or (key == "_name_or_path" and key not in config):
+            theirs = theirs[: dims.layers]
+        if key.startswith(described) or (key == "_name_or_path" and key not in config):
             continue
         if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
             case.log.differs("source", file="config.json", expected=f"{key}: {theirs!r}", found=repr(ours))
