@@ -237,7 +237,7 @@ def test_a_bare_recipe_is_called_that() -> None:
     assert "a recipe, not a config" in error.what and "recipe:" in str(error.hint)
 
 
-@pytest.mark.parametrize("section", ["recipe", "mtp", "activations", "output"])
+@pytest.mark.parametrize("section", ["recipe", "draft", "activations", "output"])
 def test_an_empty_section_is_called_that(section: str) -> None:
     error = refusal({**shipped(), section: None})
     assert error.what == f"The section {section} is empty"
@@ -251,8 +251,8 @@ def test_a_calibration_section_without_keys_is_called_that_where_it_is_needed() 
 @pytest.mark.parametrize(
     ("section", "key", "value", "expected", "found"),
     [
-        ("mtp", "keep", 0, "true or false", "0"),
-        ("mtp", "keep", "no", "true or false", "'no'"),
+        ("draft", "keep", 0, "true or false", "0"),
+        ("draft", "keep", "no", "true or false", "'no'"),
         ("calibration", "samples", True, "an integer", "True, which YAML makes of yes"),
         ("calibration", "samples", "many", "an integer", "'many'"),
         ("calibration", "seed", 1.5, "an integer", "1.5"),
