@@ -88,7 +88,7 @@ def config_of(options: argparse.Namespace) -> Config:
             "dataset": "chat_samples.jsonl", "split": None, "samples": options.samples, "max_length": options.length,
             "micro_batch": options.micro_batch,
         }  # fmt: skip
-    raw["mtp"] = {"keep": False, "shared_head_copies": False}
+    raw["draft"] = {"keep": False}
     raw["output"]["shards"] = SHARDS
     return parse_config(raw)
 

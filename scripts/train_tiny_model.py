@@ -189,7 +189,7 @@ def _initial(spec: TensorSpec, toy: ToyConfig, seed: int) -> Tensor:
     if spec.role == Role.HEAD or leaf.endswith("_fn"):
         return noise * 0.02
     out = kind.endswith(("wo_b", "w2"))
-    return noise / math.sqrt(spec.shape[-1]) / (math.sqrt(2 * (dims.layers + dims.mtp_layers)) if out else 1)
+    return noise / math.sqrt(spec.shape[-1]) / (math.sqrt(2 * (dims.layers + dims.draft.stages)) if out else 1)
 
 
 def _add_rounding(model: DeepseekV4ForCausalLMWithMTP, toy: ToyConfig) -> None:

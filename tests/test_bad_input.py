@@ -303,7 +303,7 @@ def test_a_source_that_is_not_there_is_refused(tmp_path: Path, out: Path) -> Non
 def test_keeping_the_mtp_block_of_a_source_without_one_is_refused(source: Path, out: Path) -> None:
     edit_json(source / "config.json", no_mtp)
     edit_tensors(source, lambda t: without(t, "mtp."))
-    assert_refused(source, out, ("keeps the MTP block but the source has none", "mtp.keep"))
+    assert_refused(source, out, ("keeps the draft but the source has none", "draft.keep"))
 
 
 @pytest.mark.slow
@@ -564,7 +564,7 @@ def changed(path: tuple[str, ...], value: object) -> dict[str, Any]:
 
 WRONG: dict[str, tuple[tuple[str, ...], object, tuple[str, ...]]] = {
     "unknown key": (("shards",), 5, ("Unknown key", "config.yaml: shards")),
-    "unknown key further in": (("mtp", "kep"), True, ("Unknown key", "mtp.kep")),
+    "unknown key further in": (("draft", "kep"), True, ("Unknown key", "draft.kep")),
     "unknown key in the recipe": ((*GROUPS, "experts", "weights", "bits"), 4, ("nknown key", "weights.bits")),
     "no recipe": (("recipe",), None, ("recipe", "required")),
     "no config group": (GROUPS, {}, ("no config group",)),
@@ -572,7 +572,7 @@ WRONG: dict[str, tuple[tuple[str, ...], object, tuple[str, ...]]] = {
     "value out of range": (("activations", "headroom"), 0.5, ("activations.headroom", "0.5")),
     "no shard": (("output", "shards"), 0, ("output.shards", "0")),
     "more shards than pieces": (("output", "shards"), 5000, ("More shards", "output.shards", "at most", "5000")),
-    "mtp contradiction": (("mtp", "keep"), False, ("contradict", "mtp", "shared_head_copies")),
+    "draft contradiction": (("draft",), {"keep": False, "experts": "nvfp4"}, ("contradict", "draft", "experts")),
     "fallback without routed": (("activations", "fallback"), "layer_max", ("fallback", "experts: all")),
     "routed without fallback": (("activations", "experts"), "routed", ("fallback", "layer_max")),
     "no calibration": (("calibration",), None, ("no calibration section",)),

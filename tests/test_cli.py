@@ -27,7 +27,7 @@ from runs import CONFIGS, finished_files
 TOY = str(CONFIGS / "toy.yaml")
 
 OPTIONS = {
-    "toy": ["--config/-c", "--seed", "--grid", "--native", "--json", "--quiet/-q"],
+    "toy": ["--config/-c", "--seed", "--grid", "--native", "--draft", "--json", "--quiet/-q"],
     "configs": ["--json", "--quiet/-q"],
     "plan": ["--config/-c", "--ranks", "--gpu-memory", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [
@@ -206,6 +206,7 @@ def test_version_is_printed() -> None:
         ("quantize", "source", "out", "third", "--config", TOY),
         ("toy", "out", "--seed", "many"),
         ("toy", "out", "--grid", "--native"),
+        ("toy", "out", "--draft", "eagle"),
         ("verify-shards",),
     ],
 )

@@ -14,8 +14,9 @@ import yaml
 from llmcompressor.recipe import Recipe
 from pydantic import BaseModel
 
-from dsv4q.config import Config, Mtp, load_config, parse_config, with_dataset
+from dsv4q.config import Config, DraftChoice, load_config, parse_config, with_dataset
 from dsv4q.errors import ConfigError, RecipeError
+from dsv4q.recipe.recipe import library_recipe
 from dsv4q.recipe.schemes import as_library_scheme, stored_tensors
 from dsv4q.run import observers  # noqa: F401 - registers the exact ones
 from runs import CONFIGS
@@ -75,7 +76,8 @@ def test_llmcompressor_accepts_a_shipped_recipe_and_understands_the_same(name: s
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_recipe_handed_to_oneshot_is_the_one_of_the_config(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
-    first, second = (Recipe.from_dict(deepcopy(r)).modifiers[0] for r in (config.recipe, config.library_recipe()))
+    handed = library_recipe(config.groups, config.ignore)
+    first, second = (Recipe.from_dict(deepcopy(r)).modifiers[0] for r in (config.recipe, handed))
     assert first.resolved_config.config_groups == second.resolved_config.config_groups
     assert first.ignore == second.ignore
 
@@ -84,13 +86,13 @@ def test_the_published_recipe_calibrates_64_samples_of_512_tokens_into_35_shards
     config = load_config(CONFIGS / "nvfp4-fp8-mtp.yaml")
     assert config.calibration is not None and config.calibration.dataset == "HuggingFaceH4/ultrachat_200k"
     assert (config.calibration.samples, config.calibration.max_length, config.calibration.tokens) == (64, 512, 32_768)
-    assert config.output.shards == 35 and config.mtp.keep and config.mtp.shared_head_copies
+    assert config.output.shards == 35 and config.draft.keep and config.draft.shared_head_copies is None
 
 
 def test_the_config_without_mtp_differs_in_nothing_else() -> None:
     with_mtp, without = shipped(), shipped("nvfp4-fp8")
-    assert without.pop("mtp") == {"keep": False, "shared_head_copies": False}
-    with_mtp.pop("mtp")
+    assert without.pop("draft") == {"keep": False}
+    with_mtp.pop("draft")
     assert with_mtp == without
 
 
@@ -114,7 +116,7 @@ def test_parsing_a_shipped_config_imports_no_heavy_library() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["colour", "calibration.colour", "mtp.colour", "activations.colour", "output.colour"],
+    ["colour", "calibration.colour", "draft.colour", "activations.colour", "output.colour"],
 )
 def test_an_unknown_key_is_refused_by_name(path: str) -> None:
     raw = shipped()
@@ -147,7 +149,8 @@ def test_an_unknown_key_of_a_scheme_is_refused_by_name(place: str) -> None:
         ("calibration", "seed", "x"),
         ("calibration", "chat_mode", "shout"),
         ("calibration", "dataset", None),
-        ("mtp", "keep", "perhaps"),
+        ("draft", "keep", "perhaps"),
+        ("draft", "experts", "fp8"),
         ("activations", "experts", "some"),
         ("activations", "scales", "guessed"),
         ("activations", "fallback", "mean"),
@@ -165,7 +168,7 @@ def test_a_wrong_value_is_refused_with_its_key(section: str, key: str, value: ob
     assert f"{section}.{key}" in str(error) and error.found == repr(value)
 
 
-@pytest.mark.parametrize("section", ["recipe", "calibration", "mtp", "output"])
+@pytest.mark.parametrize("section", ["recipe", "calibration", "draft", "output"])
 def test_a_section_that_is_no_mapping_is_refused(section: str) -> None:
     assert f"my.yaml: {section}" in str(refusal({**shipped(), section: 5}))
 
@@ -234,7 +237,7 @@ def test_a_bare_recipe_is_called_that() -> None:
     assert "a recipe, not a config" in error.what and "recipe:" in str(error.hint)
 
 
-@pytest.mark.parametrize("section", ["recipe", "mtp", "activations", "output"])
+@pytest.mark.parametrize("section", ["recipe", "draft", "activations", "output"])
 def test_an_empty_section_is_called_that(section: str) -> None:
     error = refusal({**shipped(), section: None})
     assert error.what == f"The section {section} is empty"
@@ -248,8 +251,8 @@ def test_a_calibration_section_without_keys_is_called_that_where_it_is_needed() 
 @pytest.mark.parametrize(
     ("section", "key", "value", "expected", "found"),
     [
-        ("mtp", "keep", 0, "true or false", "0"),
-        ("mtp", "keep", "no", "true or false", "'no'"),
+        ("draft", "keep", 0, "true or false", "0"),
+        ("draft", "keep", "no", "true or false", "'no'"),
         ("calibration", "samples", True, "an integer", "True, which YAML makes of yes"),
         ("calibration", "samples", "many", "an integer", "'many'"),
         ("calibration", "seed", 1.5, "an integer", "1.5"),
@@ -278,13 +281,17 @@ def test_a_config_that_is_not_there_is_refused(tmp_path: Path, name: str) -> Non
 
 
 def test_without_mtp_there_are_no_head_copies_unless_asked_for() -> None:
-    assert Mtp.model_validate({"keep": False}) == Mtp(keep=False, shared_head_copies=False)
+    assert not DraftChoice.model_validate({"keep": False}).shared_head_copies
 
 
 @pytest.mark.parametrize(
     ("section", "value", "told"),
     [
-        ("mtp", {"keep": False, "shared_head_copies": True}, "contradict"),
+        ("draft", {"keep": False, "shared_head_copies": True}, "contradict"),
+        ("draft", {"keep": False, "experts": "nvfp4"}, "experts: nvfp4 and keep: false contradict"),
+        ("draft", {"keep": False, "linears": "fp8"}, "linears: fp8 and keep: false contradict"),
+        ("mtp", {"keep": True, "shared_head_copies": True}, "draft.shared_head_copies instead of mtp.shared_head"),
+        ("mtp", None, "draft.keep instead of mtp.keep"),
         ("activations", {"experts": "routed"}, "needs a fallback"),
         ("activations", {"experts": "all", "fallback": "layer_max"}, "never needs one"),
         ("activations", {"scales": "bound", "headroom": 2.0}, "no effect"),

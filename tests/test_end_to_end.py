@@ -101,11 +101,15 @@ def test_the_verifier_passes_the_artifact_deep_and_against_the_source(made: Job)
 
 def test_every_mtp_tensor_is_byte_identical_to_the_source(made: Job) -> None:
     before, after = tensors(made.source), tensors(made.out)
+    draft = made.config.draft
     copies = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
-    kept = {name for name in before if name.startswith("mtp.")} | copies.keys()
-    assert len(kept) == 55
-    assert {name for name in after if name.startswith("mtp.")} == (kept if made.config.mtp.keep else set())
-    if made.config.mtp.keep:
+    kept = {name for name in before if name.startswith("mtp.")} | (copies.keys() if draft.experts is None else set())
+    if draft.experts == "nvfp4":
+        kept = {name for name in kept if ".experts." not in name}
+        after = {name: tensor for name, tensor in after.items() if ".experts." not in name}
+    assert len(kept) == (29 if draft.experts == "nvfp4" else 55)
+    assert {name for name in after if name.startswith("mtp.")} == (kept if made.config.draft.keep else set())
+    if made.config.draft.keep:
         assert all(same_bytes(before[copies.get(name, name)], after[name]) for name in kept)
 
 
@@ -122,7 +126,7 @@ def test_every_untouched_tensor_is_byte_identical_and_every_quantized_one_is_gon
 def test_config_json_keeps_every_key_of_the_source(made: Job) -> None:
     before, after = config_json(made.source), config_json(made.out)
     assert after.pop("quantization_config")["quant_method"] == "compressed-tensors"
-    if not made.config.mtp.keep:
+    if not made.config.draft.keep:
         assert (before.pop("num_nextn_predict_layers"), after.pop("num_nextn_predict_layers")) == (1, 0)
     assert after == before
 
@@ -234,7 +238,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def test_report_has_the_time_of_each_block_and_a_digest(made: Job, report: dict[str, Any]) -> None:
     blocks = {block["block"]: block for block in report["blocks"]}
-    expected = ["embed", *[f"layers.{i}" for i in range(5)], "head", *["mtp.0"] * made.config.mtp.keep]
+    expected = ["embed", *[f"layers.{i}" for i in range(5)], "head", *["mtp.0"] * made.config.draft.keep]
     assert list(blocks) == expected
     done = [block["seconds"].pop("done_at") for block in blocks.values()]
     assert done == sorted(done) and done[0] > 0
@@ -276,9 +280,11 @@ def test_report_counts_of_a_hash_layer_are_those_of_its_table(main_run: tuple[Jo
 
 def test_report_has_the_errors_of_each_class(made: Job, report: dict[str, Any]) -> None:
     errors = report["errors"]
+    drafted = {"mtp: routed expert": 24} if made.config.draft.experts == "nvfp4" else {}
     assert {role: found["tensors"] for role, found in errors.items()} == {
         "routed expert": 120,
         "attention projection": 25,
+        **drafted,
     }
     # random weights: 4 bits cannot be better than some per cent, nor 8 bits worse than 4
     assert 0.05 < errors["routed expert"]["relative_error"] < 0.15
@@ -298,7 +304,7 @@ def test_report_has_peak_memory_versions_and_identity(report: dict[str, Any]) ->
     identity = report["identity"]
     assert identity["versions"].keys() >= {"dsv4q", "torch", "transformers", "llmcompressor", "compressed-tensors"}
     assert all(re.fullmatch("[0-9a-f]{64}", file["header_sha256"]) for file in identity["source"]["files"].values())
-    assert identity["device"] == "cpu" and identity["config"]["mtp"] is not None
+    assert identity["device"] == "cpu" and identity["config"]["draft"] is not None
 
 
 def test_report_scales_are_those_in_the_artifact(main_run: tuple[Job, dict[str, Any]]) -> None:
@@ -318,7 +324,7 @@ def test_model_card_has_the_serve_command_for_this_artifact(made: Job) -> None:
     card = (made.out / "README.md").read_text()
     assert "vllm serve ARTIFACT --tensor-parallel-size 4 --kv-cache-dtype fp8" in card
     speculative = """--speculative-config '{"method":"mtp","num_speculative_tokens":2}'"""
-    assert (speculative in card) == made.config.mtp.keep
+    assert (speculative in card) == made.config.draft.keep
     assert "--tokenizer-mode deepseek_v4 --reasoning-parser deepseek_v4" in card
     assert ("Native FP4 tensor cores need SM 10.x" in card) == ("w4a16" not in made.out.name)
 

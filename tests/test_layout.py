@@ -1,4 +1,4 @@
-"""layout.py: the tensors of the published model, and a named refusal for every config.json that describes none."""
+"""the layout: the tensors of the published model, and a named refusal for every config.json that describes none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.errors import SourceError
-from dsv4q.layout import MAX_COUNT, Dims, Role, TensorSpec, layer_tensors, mtp_tensors, source_tensors
+from dsv4q.layout import MAX_COUNT, Dims, Role, TensorSpec, draft_tensors, layer_tensors, source_tensors
 from runs import FLASH
 
 CONFIG = load_model_config(FLASH)
@@ -164,7 +164,7 @@ def test_a_main_layer_has_exactly_these_tensors(layer: int, kind: str) -> None:
 
 
 def test_an_mtp_layer_has_exactly_these_tensors() -> None:
-    tensors = list(mtp_tensors(DIMS, 0))
+    tensors = list(draft_tensors(DIMS, 0))
     assert rows(tensors) == golden(ATTENTION + REST + SCORED + DRAFT, "mtp.0.", "mtp.0.")
     assert sum(spec.role == Role.ROUTED_EXPERT for spec in tensors) == 256 * 3
 
@@ -195,7 +195,7 @@ def test_counts_that_would_fill_the_memory_with_names_are_refused(key: str) -> N
 
 def test_optional_sizes_have_the_defaults_of_the_architecture() -> None:
     dims = Dims.from_config({key: value for key, value in CONFIG.items() if key not in OPTIONAL})
-    assert (dims.shared_experts, dims.hash_layers, dims.mtp_layers) == (1, 3, 0)
+    assert (dims.shared_experts, dims.hash_layers, dims.draft.stages) == (1, 3, 0)
 
 
 @pytest.mark.parametrize("ratios", [None, 4, [0] * 42, [4.0] * 43, [False] * 43, [8] * 43, [[]] * 43])

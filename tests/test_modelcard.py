@@ -10,7 +10,8 @@ import yaml
 
 from dsv4q.checkpoint.source import scan
 from dsv4q.config import Output, load_config
-from dsv4q.made_up.toy import ToyConfig
+from dsv4q.made_up.toy import ToyConfig, with_draft
+from dsv4q.plan.draft import LEFT_OUT, DraftForm
 from dsv4q.plan.modelcard import model_card, serve_command, source_license
 from dsv4q.plan.plan import make_plan
 from dsv4q.plan.small_files import carried_files
@@ -19,8 +20,8 @@ from runs import CONFIGS
 MIT = "MIT License\n\nCopyright (c) somebody\n"
 
 
-def card(folder: Path, name: str) -> str:
-    (folder / "config.json").write_text(json.dumps(ToyConfig().as_config_json()))
+def card(folder: Path, name: str, draft: str = "mtp") -> str:
+    (folder / "config.json").write_text(json.dumps(with_draft(ToyConfig(), draft).as_config_json()))
     config = load_config(CONFIGS / f"{name}.yaml").model_copy(update={"output": Output(shards=2)})
     with scan(folder) as checkpoint:
         return model_card(make_plan(checkpoint, config), folder)
@@ -61,9 +62,16 @@ def test_with_mtp_the_card_serves_with_speculation_and_without_it_does_not(tmp_p
     assert "speculative-config" not in without and "no speculative decoding" in without
 
 
-@pytest.mark.parametrize("mtp", [True, False])
-def test_the_serve_command_is_one_shell_command_with_the_options_of_the_contract(mtp: bool) -> None:
-    words = serve_command(mtp).replace("\\\n", " ").split()
+def test_the_card_of_a_dspark_artifact_serves_with_that_method_and_never_with_mtp(tmp_path: Path) -> None:
+    text = card(tmp_path, "nvfp4-fp8-mtp", "dspark")
+    assert """--speculative-config '{"method":"dspark","num_speculative_tokens":5}'""" in text
+    assert '"mtp"' not in text and "MTP block" not in text
+    assert "| draft, routed experts | NVFP4" in text and "| DSpark draft, the rest | as the source has it |" in text
+
+
+@pytest.mark.parametrize("form", [DraftForm("mtp", tokens=2), DraftForm("dspark", tokens=5), LEFT_OUT], ids=str)
+def test_the_serve_command_is_one_shell_command_with_the_options_of_the_contract(form: DraftForm) -> None:
+    words = serve_command(form).replace("\\\n", " ").split()
     assert words[:3] == ["vllm", "serve", "ARTIFACT"] and "\n" not in words
     for option in ("--tensor-parallel-size 4", "--kv-cache-dtype fp8", "--max-model-len 65536",
                    "--tokenizer-mode deepseek_v4", "--reasoning-parser deepseek_v4", "--tool-call-parser deepseek_v4",

@@ -726,12 +726,18 @@ def test_plan_of_the_full_release_counts_what_lies_on_disk() -> None:
     assert (artifact["tensors"], artifact["mtp_tensors"]) == (134_309, 799)
 
 
-def test_config_alone_is_assumed_to_be_bf16_whatever_it_says() -> None:
-    file = FLASH
-    plan = make_plan(scan_source(file), load_config(CONFIGS / "nvfp4-fp8-mtp.yaml"))
-    source = plan.as_dict()["source"]
-    assert "quantization_config" in load_model_config(file)
-    assert (source["layout"], source["tensors"], source["bytes"]) == ("assumed bf16", 35_020, 581_975_531_080)
+def test_config_alone_is_assumed_to_describe_the_files_that_it_says(tmp_path: Path) -> None:
+    config = load_model_config(FLASH)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    found = []
+    for number, one in enumerate((config, plain)):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "config.json").write_text(json.dumps(one))
+        plan = make_plan(scan_source(tmp_path / str(number)), load_config(CONFIGS / "nvfp4-fp8-mtp.yaml"))
+        source = plan.as_dict()["source"]
+        assert source["model"] == {"tensors": 35_020, "bytes": 581_975_531_080}
+        found.append((source["layout"], source["tensors"], source["bytes"]))
+    assert found == [("assumed native", 69_187, 159_609_485_896), ("assumed bf16", 35_020, 581_975_531_080)]
 
 
 def command(*arguments: str) -> int:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from dsv4q.checkpoint.shards import _cuts
 from dsv4q.checkpoint.source import scan
-from dsv4q.config import Config, Mtp, Output, load_config, parse_config
+from dsv4q.config import Config, DraftChoice, Output, load_config, parse_config
 from dsv4q.errors import ConfigError, Dsv4qError, OutputError, RecipeError, SourceError
 from dsv4q.layout import DTYPE_BYTES
 from dsv4q.made_up.toy import ToyConfig
@@ -54,8 +54,8 @@ def toy_plan(folder: Path, config: Config | None = None, **changes: Any) -> Plan
 
 @cache
 def flash(name: str, head_copies: bool | None = None) -> Plan:
-    """Plan for DeepSeek-V4-Flash with a shipped config, as it is or with other `mtp.shared_head_copies`."""
-    config = shipped(name) if head_copies is None else shipped(name, mtp=Mtp(shared_head_copies=head_copies))
+    """Plan for DeepSeek-V4-Flash with a shipped config, as it is or with other `draft.shared_head_copies`."""
+    config = shipped(name) if head_copies is None else shipped(name, draft=DraftChoice(shared_head_copies=head_copies))
     with scan(FLASH) as checkpoint:
         return make_plan(checkpoint, config)
 
@@ -86,7 +86,8 @@ def test_the_artifact_of_deepseek_v4_flash_has_these_tensors_and_bytes(
 ) -> None:
     facts = flash(*plan).as_dict()
     assert facts["problems"] == []
-    assert facts["source"]["tensors"] == 35_020 and round(facts["source"]["bytes"] / GB, 2) == 581.98
+    model = facts["source"]["model"]
+    assert model["tensors"] == 35_020 and round(model["bytes"] / GB, 2) == 581.98
     artifact = facts["artifact"]
     assert (artifact["tensors"], artifact["mtp_tensors"], len(artifact["shards"])) == (tensors, mtp, shards)
     assert round(artifact["bytes"] / GB, 2) == size
@@ -362,7 +363,7 @@ def only(plan: Plan) -> Dsv4qError:
 
 def test_keeping_an_mtp_block_that_the_source_does_not_have_is_a_problem(tmp_path: Path) -> None:
     problem = only(toy_plan(tmp_path, num_nextn_predict_layers=0))
-    assert isinstance(problem, ConfigError) and problem.where == "mtp.keep"
+    assert isinstance(problem, ConfigError) and problem.where == "draft.keep"
 
 
 def test_a_source_without_mtp_is_fine_for_a_config_without_it(tmp_path: Path) -> None:

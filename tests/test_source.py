@@ -662,7 +662,7 @@ def test_enorm_and_hnorm_in_every_layer_make_mtp() -> None:
 def test_markov_head_without_norms_makes_dspark() -> None:
     names = ["mtp.0.main_proj.weight", "mtp.2.markov_head.markov_w1.weight", "mtp.2.confidence_head.proj.weight"]
     assert draft_kind(names) == "dspark"
-    assert draft_kind(names[:1]) == "unknown"
+    assert draft_kind(names[:1]) == "dspark"
     assert draft_kind([*names, "mtp.0.enorm.weight"]) == "unknown"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from dsv4q.config import Config, Mtp, load_config, parse_config
+from dsv4q.config import Config, DraftChoice, load_config, parse_config
 from dsv4q.console import Console, Mode
 from dsv4q.data.tokens import load_calibration, load_tokenizer
 from dsv4q.made_up.toy import write_toy
@@ -85,7 +85,7 @@ def toy_job(folder: Path, config_name: str) -> Job:
     write_toy(folder / "source")
     config = with_stock_observers(load_config(CONFIGS / f"{config_name}.yaml"))
     toy = load_config(CONFIGS / "toy.yaml")
-    changes = {"calibration": config.calibration and toy.calibration, "mtp": Mtp(shared_head_copies=False)}
+    changes = {"calibration": config.calibration and toy.calibration, "draft": DraftChoice(shared_head_copies=False)}
     return Job(folder / "source", folder / "artifact", config.model_copy(update=changes))  # stock takes a GPU too
 
 

@@ -1,4 +1,4 @@
-"""The toy checkpoint is what layout.py says, and the same bytes every time."""
+"""The toy checkpoint is what the layout says, and the same bytes every time."""
 
 from __future__ import annotations
 

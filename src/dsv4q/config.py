@@ -2,7 +2,7 @@
 
     recipe:        a genuine llmcompressor recipe: what `oneshot(recipe=...)` accepts
     calibration:   data, samples, length, micro-batch, seed; left out when the recipe needs no data
-    mtp:           keep the draft, write the shared-head copies
+    draft:         keep the draft, in which form
     activations:   which tokens the routed experts see while calibrating, headroom
     output:        number of shards
 
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dsv4q.data.spec import Calibration
 from dsv4q.errors import ConfigError, RecipeError
-from dsv4q.recipe.recipe import explain, groups_of, ignored, library_recipe
+from dsv4q.recipe.recipe import explain, groups_of, ignored
 from dsv4q.recipe.schemes import Scheme
 
 
@@ -28,24 +28,25 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Mtp(_Frozen):
-    """The draft block."""
+class DraftChoice(_Frozen):
+    """How the draft goes into the artifact. What is left out follows from the kind of draft that the source has."""
 
     keep: bool = True
-    shared_head_copies: bool = True
-    """Also write `mtp.N.emb.tok_emb.weight` and `mtp.N.head.weight`, which older loaders need. Without MTP: false."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_copies_without_mtp(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("keep") is False:
-            return {"shared_head_copies": False, **raw}
-        return raw
+    experts: Literal["bf16", "nvfp4"] | None = None
+    """Its routed experts; left out: `bf16` with MTP, and with DSpark `nvfp4` if the recipe stores experts so."""
+    linears: Literal["bf16", "fp8"] = "bf16"
+    """Of DSpark: its attention projections, shared experts and main_proj."""
+    shared_head_copies: bool | None = None
+    """Also write `mtp.N.emb.tok_emb.weight` and `mtp.N.head.weight`, which older loaders of MTP need; left out: with
+    MTP alone, for with DSpark they break the consumer's loader."""
 
     @model_validator(mode="after")
-    def _agree(self) -> Mtp:
-        if self.shared_head_copies and not self.keep:
-            raise ValueError("shared_head_copies: true and keep: false contradict each other")
+    def _agree(self) -> DraftChoice:
+        for name in ("experts", "shared_head_copies"):
+            if not self.keep and getattr(self, name):
+                raise ValueError(f"{name}: {str(getattr(self, name)).lower()} and keep: false contradict each other")
+        if self.linears == "fp8" and not self.keep:
+            raise ValueError("linears: fp8 and keep: false contradict each other")
         return self
 
 
@@ -88,7 +89,7 @@ class Config(_Frozen):
 
     recipe: dict[str, Any]
     calibration: Calibration | None = None
-    mtp: Mtp = Mtp()
+    draft: DraftChoice = DraftChoice()
     activations: Activations = Activations()
     output: Output = Output()
 
@@ -111,10 +112,6 @@ class Config(_Frozen):
     def needs_data(self) -> bool:
         """Whether the run has to calibrate."""
         return self.has_input_scales and self.activations.scales == "observed"
-
-    def library_recipe(self) -> dict[str, Any]:
-        """The recipe for `oneshot`: the user's, with every group's format stated."""
-        return library_recipe(self.groups, self.ignore)
 
     def canonical(self) -> dict[str, Any]:
         """JSON-able form; two configs that mean the same have the same one."""
@@ -225,6 +222,14 @@ def _check_sections(raw: dict[Any, Any], where: str) -> None:
             expected="a config, of which the recipe is the section `recipe`",
             found=", ".join(raw),
             hint="put it under `recipe:`, with `calibration:` beside it; `dsv4q configs nvfp4-fp8-mtp` shows one",
+        )
+    if "mtp" in raw:
+        raise ConfigError(
+            "The section mtp has another name: draft",
+            where=f"{where}: mtp",
+            expected="draft.keep instead of mtp.keep, draft.shared_head_copies instead of mtp.shared_head_copies",
+            found=repr(raw["mtp"])[:200],
+            hint="docs/config.md has what else the draft section can say",
         )
     for name, section in raw.items():
         if section is None and name in Config.model_fields and name != "calibration":  # which may be none

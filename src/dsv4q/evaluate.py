@@ -216,7 +216,9 @@ def _result(
         **_quality(measured.scores),
         "residual": [error.as_dict() for error in measured.residual],
         "acceptance": _acceptance(sides, measured.acceptance),
-        "emulated": dict(Counter(scheme.format for scheme in artifact.schemes.values())),
+        "emulated": dict(
+            Counter(scheme.format for module, scheme in artifact.schemes.items() if artifact.runs(module))
+        ),
         "device": str(reference.device),
         "seconds": round(seconds, 3),
         "peak_memory": peak_memory(),

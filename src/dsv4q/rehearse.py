@@ -290,7 +290,7 @@ def _announcement(rehearsal: Rehearsal, prepared: Prepared, data: CalibrationDat
     lines = [f"Rehearsing {rehearsal.source} with made-up weights {form}"]
     if plan is not whole and len(prepared.layers) < whole.dims.layers:
         numbers = ", ".join(map(str, prepared.layers))
-        lines.append(f"  layers {numbers} of {whole.dims.layers}, and the MTP layers; shards of the whole run's size")
+        lines.append(f"  layers {numbers} of {whole.dims.layers}, and the draft; shards of the whole run's size")
     lines.append(f"  calibration: {'none is needed' if data is None else data.source}")
     kept = "kept" if rehearsal.keep else "deleted"
     fate = f"verified and then {kept}" if rehearsal.judged else f"{kept} unverified"

@@ -13,30 +13,41 @@ from dataclasses import dataclass
 from dsv4q.checkpoint.headers import TensorEntry, few, shown
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError
-from dsv4q.layout import EXPERT_PROJECTIONS, Dims, Role, TensorSpec, source_tensors
+from dsv4q.layout import (
+    DRAFTS,
+    DSPARK,
+    EXPERT_PROJECTIONS,
+    MTP,
+    NO_DRAFT,
+    Dims,
+    DraftTable,
+    Role,
+    TensorSpec,
+    source_tensors,
+)
 
 _MTP = re.compile(r"mtp\.(\d+)\.([^.]+)")
 _BLOCK = re.compile(r"(layers|mtp)\.\d+(?=\.)")
 _STACKED = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _OURS = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+_SAME_RELEASE = "take config.json and files of one release; see whether a download replaced one of them"
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "U8", "I8")
 
 
 def draft_kind(names: Iterable[str]) -> str:
-    """What lies under `mtp.`: 'none', 'mtp' (every layer has enorm and hnorm), 'dspark' (a Markov head and neither
-    norm; published under the same prefix) or 'unknown'."""
+    """What lies under `mtp.`: NO_DRAFT, MTP (every layer has enorm and hnorm), DSPARK, or 'unknown' (of no known kind,
+    or of several)."""
     parts: dict[str, set[str]] = defaultdict(set)
     for name in names:
         if name.startswith("mtp."):
             match = _MTP.match(name)
             parts[match[1] if match else ""].add(match[2] if match else name)
-    norms = {"enorm", "hnorm"}
     if not parts:
-        return "none"
-    if all(norms <= found for found in parts.values()):
-        return "mtp"
-    every = set().union(*parts.values())
-    return "dspark" if not norms & every and any("markov" in part for part in every) else "unknown"
+        return NO_DRAFT
+    kinds = {kind for kind, table in DRAFTS.items() if any(table.marks & found for found in parts.values())}
+    if kinds == {MTP}:
+        return MTP if all({"enorm", "hnorm"} <= found for found in parts.values()) else "unknown"
+    return DSPARK if kinds == {DSPARK} else "unknown"
 
 
 def compare_with_layout(checkpoint: Checkpoint, dims: Dims) -> list[SourceError]:
@@ -217,27 +228,52 @@ def _artifact(diff: _Difference) -> list[SourceError]:
 
 
 def _draft(diff: _Difference, dims: Dims) -> list[SourceError]:
-    key = "num_nextn_predict_layers"
+    """The draft of the files against that of config.json, where they are of different kinds."""
+    error = _other_draft(diff, dims)
+    if error is None:
+        return []
+    diff.explain(name for name in (*diff.specs, *diff.checkpoint.tensors) if name.startswith("mtp."))
+    return [error]
+
+
+def _other_draft(diff: _Difference, dims: Dims) -> SourceError | None:
+    key, told = "num_nextn_predict_layers", dims.draft.kind
+    count = f"{key}: {diff.checkpoint.config.get(key, 'no such key')}"
     names = [name for name in diff.checkpoint.tensors if name.startswith("mtp.")]
     every = [*names, *(name for name in diff.checkpoint.unread if name.startswith("mtp."))]
-    told = f"{key}: {diff.checkpoint.config.get(key, 'no such key')}"
-    kind = draft_kind(every)
-    if kind == "dspark":
-        what, expected = "The draft under mtp. is a DSpark draft, not MTP", "mtp.N.enorm.weight and mtp.N.hnorm.weight"
-        found = f"a Markov head: {few([n for n in every if 'markov' in n])}"
-        hint = "use the release with MTP; DSpark drafts are not supported"
-    elif names and dims.mtp_layers == 0:
+    marks = {kind: _marking(every, table) for kind, table in DRAFTS.items()}
+    if all(marks.values()):
+        found = "; ".join(f"of {DRAFTS[kind].label}: {few(some)}" for kind, some in marks.items())
+        hint = "download one release as a whole into an empty folder"
+        return diff.error("The draft under mtp. mixes MTP and DSpark", "one kind of draft", found, hint)
+    if marks[DSPARK] and told != DSPARK:
+        expected = "mtp.N.enorm.weight and mtp.N.hnorm.weight, or a config.json with the dspark_* keys"
+        found = f"{few(marks[DSPARK])}, and {count} without dspark_* keys"
+        return diff.error("The draft under mtp. is a DSpark draft, not MTP", expected, found, _SAME_RELEASE)
+    if marks[MTP] and told == DSPARK:
+        expected = "mtp.0.main_proj.weight, or a config.json without the dspark_* keys"
+        found = f"{few(marks[MTP])}, and dspark_* keys"
+        return diff.error("The draft under mtp. is MTP, not a DSpark draft", expected, found, _SAME_RELEASE)
+    if names and told == NO_DRAFT:
         what, expected = "The files have MTP tensors, but config.json has no MTP layer", f"{key} of at least 1"
-        found = f"{told}; {len(names):,} mtp.* tensors: {few(names)}"
+        found = f"{count}; {len(names):,} mtp.* tensors: {few(names)}"
         hint = f"restore {key} in config.json (DeepSeek-V4-Flash: 1), or remove the mtp.* tensors"
-    elif kind == "none" and any(diff.specs[name].is_mtp for name in diff.missing):
-        count = sum(spec.is_mtp for spec in diff.specs.values())
-        what, expected = "config.json has MTP, but the files have no mtp.* tensor", f"{count:,} mtp.* tensors ({told})"
-        found, hint = "none", f"download a checkpoint with MTP, or set {key} to 0 to make an artifact without it"
-    else:
-        return []
-    diff.explain(name for name in (*diff.specs, *names) if name.startswith("mtp."))
-    return [diff.error(what, expected, found, hint)]
+        return diff.error(what, expected, found, hint)
+    if not every and any(diff.specs[name].is_mtp for name in diff.missing):
+        label, whose = DRAFTS[told].label, count if told == MTP else "dspark_* keys"
+        without = f"set {key} to 0" if told == MTP else "take the dspark_* keys out of it"
+        return diff.error(
+            f"config.json has {label}, but the files have no mtp.* tensor",
+            f"{sum(spec.is_mtp for spec in diff.specs.values()):,} mtp.* tensors ({whose})",
+            "none",
+            f"download a checkpoint with {label}, or {without} to make an artifact without it",
+        )
+    return None
+
+
+def _marking(names: Iterable[str], table: DraftTable) -> list[str]:
+    """Those that only this kind of draft has."""
+    return [name for name in names if (match := _MTP.match(name)) and match[2] in table.marks]
 
 
 def _missing_blocks(diff: _Difference) -> list[SourceError]:

@@ -230,6 +230,21 @@ def release_form(spec: TensorSpec, expert_dtype: str = "fp4") -> str | None:
     return FP8 if linear or spec.module.endswith(".indexer.wq_b") else None
 
 
+def release_tensors(spec: TensorSpec, expert_dtype: str = "fp4") -> tuple[tuple[str, str, Shape], ...]:
+    """Name, dtype and shape of what the release has for a tensor of the model: itself, or weight and scale.
+
+    Base has F32 scales, the other releases E8M0.
+    """
+    form = release_form(spec, expert_dtype)
+    if form is None:
+        return ((spec.name, spec.dtype, spec.shape),)
+    weight, scale = stored_shapes(form, spec.shape)
+    return (
+        (spec.name, "I8" if form == MXFP4 else "F8_E4M3", weight),
+        (f"{spec.module}.scale", "F8_E8M0" if expert_dtype == "fp4" else "F32", scale),
+    )
+
+
 def stored_shapes(form: str, shape: Shape) -> tuple[Shape, Shape]:
     """Shapes of `.weight` and `.scale` of a linear [out, in] in one form."""
     rows, columns = shape

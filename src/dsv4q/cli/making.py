@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,23 +23,24 @@ def toy(
     native: Annotated[
         bool, typer.Option("--native", help="The --grid weights as DeepSeek publishes them: FP8 and MXFP4.")
     ] = False,
+    draft: Annotated[Literal["mtp", "dspark", "none"] | None, typer.Option(help="Its draft; MTP as usual.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a small checkpoint to try things on.
 
-    A complete DeepSeek-V4 in everything but size: every kind of layer, an MTP layer, several shards, a tokenizer
+    A complete DeepSeek-V4 in everything but size: every kind of layer, a draft, several shards, a tokenizer
     and chat samples. The weights are random; with --grid or --native the quantized linears hold values that MXFP4
     and FP8 can store, and of one seed each is the other's dequantization.
     """
     from dsv4q.made_up.native import grid_form, native_form
-    from dsv4q.made_up.toy import RANDOM, ToyConfig, load_toy_config, write_toy
+    from dsv4q.made_up.toy import RANDOM, load_toy_config, write_toy
 
     console = console_of(as_json, quiet, is_first_rank)
     if grid and native:
         raise UsageError("--grid and --native exclude each other", where="dsv4q toy", hint="two OUTs take two runs")
     form = native_form() if native else grid_form() if grid else RANDOM
-    summary = write_toy(out, load_toy_config(config) if config else ToyConfig(), seed, form)
+    summary = write_toy(out, load_toy_config(config, draft), seed, form)
     console.data(asdict(summary))
     console.print(
         f"{out}: {summary.tensors} tensors, {summary.mtp_tensors} of them mtp.*, in {len(summary.shards)} shards, "

@@ -36,7 +36,9 @@ def show_evaluation(result: Mapping[str, Any], console: Console) -> None:
 
 def _show_acceptance(acceptance: Mapping[str, Any], console: Console) -> None:
     for side, reason in acceptance["without_draft"].items():
-        console.print(f"MTP draft of the {side}: none ({reason})")
+        console.print(f"draft of the {side}: {reason}")
+    if len(acceptance["without_draft"]) == 2:
+        return
     console.table(
         "MTP draft acceptance",
         ["main model", "draft", "step 1", "step 2", "tokens per step"],

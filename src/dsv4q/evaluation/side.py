@@ -22,7 +22,7 @@ from dsv4q.errors import CalibrationError, SourceError, command
 from dsv4q.evaluation.emulate import Quantizer, quantizer, shares_input_scale
 from dsv4q.evaluation.experts import RoundedExperts
 from dsv4q.evaluation.pieces import Loaded, Piece, SideTensor, pieces
-from dsv4q.layout import Dims, Role, TensorSpec, source_tensors
+from dsv4q.layout import DSPARK, MTP, NO_DRAFT, Dims, Role, TensorSpec, source_tensors
 from dsv4q.model.model import (
     DeepseekV4ForCausalLMWithMTP,
     block_inputs,
@@ -56,7 +56,7 @@ class Side:
     device: torch.device
     model: DeepseekV4ForCausalLMWithMTP
     no_draft: str | None
-    """Why there is no MTP draft; None if there is one."""
+    """Why no draft is judged; None if one is."""
     keeps_streams: bool = False
     """Residual streams wait for the next block on the device, not on the host."""
     streams: list[Tensor] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Side:
         return self._tensors[block]
 
     def _side_tensor(self, spec: TensorSpec) -> SideTensor:
-        scheme = self.schemes.get(spec.module) if spec.is_quantizable else None
+        scheme = self.schemes.get(spec.module)
         if scheme is None:
             return SideTensor(spec, None, {spec.name.rpartition(".")[2]: spec.name})
         return SideTensor(spec, scheme, {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)})
@@ -90,6 +90,10 @@ class Side:
         if block not in self._pieces:
             self._pieces[block] = pieces(self.checkpoint, self.tensors(block), self.device)
         return self._pieces[block]
+
+    def runs(self, module: str) -> bool:
+        """Whether an evaluation computes with a module: of the draft's only with those of one that is judged."""
+        return not module.startswith("mtp.") or (self.no_draft is None and module.startswith(f"{DRAFT}."))
 
     def install(self, piece: Piece, loaded: Loaded) -> None:
         """Put tensors into the model, decoded as the kernels see them."""
@@ -281,11 +285,13 @@ def _schemes(checkpoint: Checkpoint, dims: Dims) -> tuple[dict[str, StoredScheme
 
 def _why_no_draft(checkpoint: Checkpoint, dims: Dims) -> str | None:
     kind = draft_kind(checkpoint.tensors)
-    if kind == "none":
+    if kind == NO_DRAFT:
         return "no mtp.* tensors"
-    if kind != "mtp":
-        return "a DSpark draft, which is not MTP" if kind == "dspark" else "mtp.* tensors that are no MTP block"
-    return None if dims.mtp_layers else "config.json has num_nextn_predict_layers 0"
+    if kind == DSPARK:
+        return "the acceptance of a DSpark draft is not computed offline"
+    if kind != MTP:
+        return "mtp.* tensors that are no MTP block"
+    return None if dims.draft.stages else "config.json has num_nextn_predict_layers 0"
 
 
 def _require_tensors(side: Side, log: Log) -> None:
@@ -333,7 +339,7 @@ def require_alike(reference: Side, artifact: Side) -> None:
         SourceError: vocabularies or other dimensions differ.
     """
     ours, theirs = reference.dims, artifact.dims
-    for field_name in (name for name in Dims.__dataclass_fields__ if name != "mtp_layers"):
+    for field_name in (name for name in Dims.__dataclass_fields__ if name != "draft"):
         mine, other = getattr(ours, field_name), getattr(theirs, field_name)
         if mine != other:
             what = "have different vocabularies" if field_name == "vocab" else "are not forms of one model"

@@ -29,10 +29,17 @@ def chosen_layers(dims: Dims, count: int | None) -> tuple[int, ...]:
 
 
 def cut_config(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """The config.json of a model of these layers of `config`'s model, renumbered, and of its MTP layers."""
+    """The config.json of a model of these layers of `config`'s model, renumbered, and of its draft.
+
+    A layer that DSpark looks at and that is cut away gives its place to the last one.
+    """
     count, hashed = int(config["num_hidden_layers"]), int(config.get("num_hash_layers", 3))
     cut = dict(config)
     for key in ("compress_ratios", "layer_types", "mlp_layer_types"):
         if isinstance(config.get(key), list):
             cut[key] = [config[key][layer] for layer in layers] + config[key][count:]
+    if "dspark_target_layer_ids" in config:
+        numbers = {layer: number for number, layer in enumerate(layers)}
+        targets = config["dspark_target_layer_ids"]
+        cut["dspark_target_layer_ids"] = [numbers.get(layer, len(layers) - 1) for layer in targets]
     return cut | {"num_hidden_layers": len(layers), "num_hash_layers": sum(layer < hashed for layer in layers)}

@@ -12,7 +12,7 @@ import hashlib
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from dsv4q.checkpoint.native import MXFP4, release_form, stored_shapes
+from dsv4q.checkpoint.native import MXFP4, release_form, release_tensors
 from dsv4q.formats.dtypes import E2M1_VALUES
 from dsv4q.layout import Dims, TensorSpec
 from dsv4q.made_up.toy import ToyForm, random_values
@@ -33,19 +33,9 @@ _QUANTIZATION = {
 
 
 def stored_specs(spec: TensorSpec, expert_dtype: str = "fp4") -> tuple[TensorSpec, ...]:
-    """The tensors that a native checkpoint has for one tensor of the model: itself, or weight and scale.
-
-    Base has F32 scales, the release E8M0.
-    """
-    form = release_form(spec, expert_dtype)
-    if form is None:
-        return (spec,)
-    weight, scale = stored_shapes(form, spec.shape)
-    scale_dtype = "F8_E8M0" if expert_dtype == "fp4" else "F32"
-    return (
-        dataclasses.replace(spec, dtype="I8" if form == MXFP4 else "F8_E4M3", shape=weight),
-        dataclasses.replace(spec, name=f"{spec.module}.scale", dtype=scale_dtype, shape=scale),
-    )
+    """The tensors that a native checkpoint has for one tensor of the model: itself, or weight and scale."""
+    stored = release_tensors(spec, expert_dtype)
+    return tuple(dataclasses.replace(spec, name=name, dtype=dtype, shape=shape) for name, dtype, shape in stored)
 
 
 def codes_and_scales(spec: TensorSpec, form: str, dims: Dims, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

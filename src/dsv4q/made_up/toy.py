@@ -1,8 +1,8 @@
 """Small real DeepSeek-V4 checkpoints: the input of the demo, the tests and CI.
 
 A toy has everything that the release has, only narrower: sliding-window, ratio-4 and ratio-128 layers, hash and
-score routing, an MTP layer, several shards with an index, config.json, a tokenizer, chat samples. Names, dtypes
-and shapes come from `layout.py`; the values are random (see `random_values`).
+score routing, a draft, several shards with an index, config.json, a tokenizer, chat samples. Names, dtypes
+and shapes come from `layout/tensors.py`; the values are random (see `random_values`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.files import INDEX
 from dsv4q.errors import ConfigError, OutputError
-from dsv4q.layout import CSA, HCA, SLIDING, Dims, TensorSpec, source_tensors
+from dsv4q.layout import CONSUMER_STAGES, CSA, DSPARK, HCA, MTP, NO_DRAFT, SLIDING, Dims, TensorSpec, source_tensors
 from dsv4q.made_up.generated import moments
 from dsv4q.made_up.words import (
     ENCODING_README,
@@ -53,9 +53,12 @@ class ToyConfig:
     n_shared_experts: int = 1
     num_experts_per_tok: int = 2
     compress_ratios: tuple[int, ...] = (SLIDING, SLIDING, CSA, HCA, CSA)
-    """One entry per main layer; those of the MTP layers (sliding window) are added in config.json."""
+    """One entry per main layer; those of the draft (sliding window) are added in config.json."""
     num_hash_layers: int = 3
     num_nextn_predict_layers: int = 1
+    """MTP layers; with `dspark_markov_rank` it says nothing, as in the releases."""
+    dspark_markov_rank: int = 0
+    """Of a DSpark draft, which looks at the last three main layers; 0: the draft is MTP."""
     num_attention_heads: int = 4
     head_dim: int = 64
     qk_rope_head_dim: int = 16
@@ -73,7 +76,7 @@ class ToyConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = {"num_hash_layers": 0, "num_nextn_predict_layers": 0, "vocab_size": LEAST_VOCAB}.get(field.name, 1)
+            least = {"vocab_size": LEAST_VOCAB, **dict.fromkeys(_MAY_BE_ZERO, 0)}.get(field.name, 1)
             if field.name != "compress_ratios" and (type(value) is not int or value < least):
                 raise ConfigError(
                     "The toy cannot have this value",
@@ -99,14 +102,32 @@ class ToyConfig:
 
     def as_config_json(self, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The config.json of the toy: every key of the release's but the two that say how it is quantized; `more`."""
-        dims = dataclasses.asdict(self)
+        dims, layers = dataclasses.asdict(self), len(self.compress_ratios)
         del dims["shards"]
-        dims["compress_ratios"] = [*self.compress_ratios, *[SLIDING] * self.num_nextn_predict_layers]
-        return dict(sorted({**_FIXED, **dims, "num_hidden_layers": len(self.compress_ratios), **(more or {})}.items()))
+        stages = self.num_nextn_predict_layers
+        if self.dspark_markov_rank:
+            stages = CONSUMER_STAGES
+            targets = [max(0, layers - stages + stage) for stage in range(stages)]
+            dims |= {"dspark_block_size": 5, "dspark_noise_token_id": 2, "dspark_target_layer_ids": targets}
+        else:
+            del dims["dspark_markov_rank"]
+        dims["compress_ratios"] = [*self.compress_ratios, *[SLIDING] * stages]
+        return dict(sorted({**_FIXED, **dims, "num_hidden_layers": layers, **(more or {})}.items()))
 
     @property
     def dims(self) -> Dims:
         return Dims.from_config(self.as_config_json())
+
+
+_MAY_BE_ZERO = ("num_hash_layers", "num_nextn_predict_layers", "dspark_markov_rank")
+_MARKOV_RANK = 32
+
+
+def with_draft(toy: ToyConfig, kind: str) -> ToyConfig:
+    """The same toy with a draft of this kind: `none`, `mtp` or `dspark`."""
+    layers = {NO_DRAFT: 0, MTP: max(1, toy.num_nextn_predict_layers)}.get(kind, toy.num_nextn_predict_layers)
+    rank = (toy.dspark_markov_rank or _MARKOV_RANK) if kind == DSPARK else 0
+    return dataclasses.replace(toy, num_nextn_predict_layers=layers, dspark_markov_rank=rank)
 
 
 _FIXED: dict[str, Any] = {
@@ -174,12 +195,21 @@ class ToySummary:
     conversations: int
 
 
-def load_toy_config(path: Path) -> ToyConfig:
+def load_toy_config(path: Path | None, draft: str | None = None) -> ToyConfig:
     """Read a YAML mapping of ToyConfig's fields; those left out keep their defaults.
+
+    Args:
+        path: None: nothing but defaults.
+        draft: see `with_draft`; None: as the fields say.
 
     Raises:
         ConfigError: absent, not UTF-8 YAML, not a mapping, an unknown key, an impossible value.
     """
+    toy = ToyConfig() if path is None else _read(path)
+    return toy if draft is None else with_draft(toy, draft)
+
+
+def _read(path: Path) -> ToyConfig:
     import yaml
 
     try:

@@ -30,7 +30,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from dsv4q.errors import SourceError
-from dsv4q.layout import CSA, HCA, MODEL_TYPE, SLIDING, Dims, Role, source_tensors
+from dsv4q.layout import CSA, HCA, MODEL_TYPE, MTP, SLIDING, Dims, Draft, Role, source_tensors
 from dsv4q.model import upstream
 
 
@@ -78,20 +78,34 @@ class DeepseekV4MTPLayer(DeepseekV4DecoderLayer):
         return out
 
 
-class DeepseekV4ForCausalLMWithMTP(DeepseekV4ForCausalLM):
-    """`DeepseekV4ForCausalLM` plus `mtp.N`, with every expert a separate linear.
+class DeepseekV4DSparkStage(DeepseekV4DecoderLayer):
+    """One stage of a DSpark draft: a place for each of its tensors. Its forward is the block's alone."""
 
-    Parameter and buffer names are `TensorSpec.hf_name` of `layout.py`. The forward of the main model is
+    def __init__(self, config: DeepseekV4Config, layer_idx: int, *, first: bool, last: bool) -> None:
+        super().__init__(config, layer_idx)
+        width, rank = config.hidden_size, config.dspark_markov_rank
+        if first:
+            self.main_proj = nn.Linear(len(config.dspark_target_layer_ids) * width, width, bias=False)
+            self.main_norm = DeepseekV4RMSNorm(width, eps=config.rms_norm_eps)
+        if last:
+            self.norm = DeepseekV4RMSNorm(width, eps=config.rms_norm_eps)
+            self.hc_head = DeepseekV4HyperHead(config)
+            heads = {name: nn.Linear(rank, config.vocab_size, bias=False) for name in ("markov_w1", "markov_w2")}
+            self.markov_head = nn.ModuleDict(heads)
+            self.confidence_head = nn.ModuleDict({"proj": nn.Linear(width + rank, 1, bias=False)})
+
+
+class DeepseekV4ForCausalLMWithMTP(DeepseekV4ForCausalLM):
+    """`DeepseekV4ForCausalLM` plus `mtp.N` of either kind, with every expert a separate linear.
+
+    Parameter and buffer names are `TensorSpec.hf_name` of `layout/tensors.py`. The forward of the main model is
     untouched. Build it with `build_meta_model`, or load it under `upstream_names()`: its own constructor allocates
     fused experts on the current device before it replaces them.
     """
 
     def __init__(self, config: DeepseekV4Config) -> None:
         super().__init__(config)
-        extended = _with_mtp_layers(config)
-        self.mtp = nn.ModuleList(
-            DeepseekV4MTPLayer(extended, layer) for layer in range(config.num_hidden_layers, extended.num_hidden_layers)
-        )
+        self.mtp = nn.ModuleList(_draft(config))
         experts = upstream.linear_experts()
         for layer in (*self.model.layers, *self.mtp):
             layer.mlp.experts = experts(config)
@@ -124,10 +138,21 @@ class DeepseekV4ForCausalLMWithMTP(DeepseekV4ForCausalLM):
         return out
 
 
-def _with_mtp_layers(config: DeepseekV4Config) -> DeepseekV4Config:
-    """A copy of the config that has one more sliding-window, score-routed layer for each MTP layer."""
+def _draft(config: DeepseekV4Config) -> Iterator[DeepseekV4DecoderLayer]:
+    """The blocks `mtp.N`: DSpark's stages if the config has its keys, else so many MTP layers as it says."""
+    targets = getattr(config, "dspark_target_layer_ids", None)
+    count = len(targets) if targets else config.num_nextn_predict_layers or 0
+    extended, layers = _with_layers(config, count), config.num_hidden_layers
+    for stage in range(count):
+        if targets:
+            yield DeepseekV4DSparkStage(extended, layers + stage, first=stage == 0, last=stage == count - 1)
+        else:
+            yield DeepseekV4MTPLayer(extended, layers + stage)
+
+
+def _with_layers(config: DeepseekV4Config, count: int) -> DeepseekV4Config:
+    """A copy of the config that has `count` more sliding-window, score-routed layers."""
     extended = copy.deepcopy(config)
-    count = config.num_nextn_predict_layers or 0
     extended.num_hidden_layers = config.num_hidden_layers + count
     extended.layer_types = [*config.layer_types, *["sliding_attention"] * count]
     extended.mlp_layer_types = [*config.mlp_layer_types, *["moe"] * count]
@@ -139,7 +164,7 @@ def _with_mtp_layers(config: DeepseekV4Config) -> DeepseekV4Config:
 
 
 def name_pairs() -> list[tuple[str, str]]:
-    r"""Anchored regex pairs (upstream, transformers), made from the tables of `layout.py`.
+    r"""Anchored regex pairs (upstream, transformers), made from the tables of `layout/tensors.py`.
 
     transformers allows one group per pattern, lets every matching pattern fire, and runs the list backwards while
     saving. So the leaf of an expert is renamed before its middle, and the prefix of a main layer last. Modules are
@@ -174,7 +199,7 @@ def name_pairs() -> list[tuple[str, str]]:
 _ALL_KINDS = Dims(
     hidden=1, vocab=1, layers=3, heads=1, head_dim=1, q_lora=1, o_groups=1, o_lora=1, experts=1, shared_experts=1,
     experts_per_token=1, moe_intermediate=1, hc_mult=1, index_heads=1, index_head_dim=1, hash_layers=1,
-    ratios=(SLIDING, CSA, HCA), mtp_layers=1,
+    ratios=(SLIDING, CSA, HCA), draft=Draft(MTP, 1),
 )  # fmt: skip
 """The smallest dimensions that have a tensor of every kind."""
 

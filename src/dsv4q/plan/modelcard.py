@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dsv4q.layout import DRAFTS, MTP, NO_DRAFT
+from dsv4q.plan.draft import DraftForm
 from dsv4q.plan.plan import Plan
 from dsv4q.recipe.schemes import FLOAT, NVFP4, PACKED_INT, Scheme
 
@@ -73,39 +76,54 @@ Of `config.json` and the index the bytes of the files, of the tensors lines of n
 def model_card(plan: Plan, source: Path) -> str:
     """The text; the same for every run of the same plan."""
     size = plan.artifact_bytes / 1e9
-    mtp = any(t.name.startswith("mtp.") for t in plan.tensors)
+    gpus, memory = _gpus(size)
     identifier, text = source_license(source)
     front: dict[str, Any] = {"license": identifier or "other", "library_name": "vllm"}
     front["tags"] = ["deepseek_v4", "compressed-tensors", "dsv4q"]
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"DeepSeek-V4, {_title(plan)}",
-        rows="\n".join(f"| {part} | {form} |" for part, form in _parts(plan, mtp)),
+        rows="\n".join(f"| {part} | {form} |" for part, form in _parts(plan)),
         tensors=len(plan.tensors),
         shards=len(plan.shards),
         gigabytes=size,
-        serve=serve_command(mtp),
-        draft=_DRAFT if mtp else _NO_DRAFT,
+        serve=serve_command(plan.draft_form, gpus),
+        draft=_draft(plan.draft_form),
         hardware=_hardware(plan),
         size=size,
-        gpus="4 GPUs of 80 GB or more" if size > 100 else "any GPU that holds them",
+        gpus=f"{gpus} GPUs of {memory} GB or more" if size > 100 else "any GPU that holds them",
         license=text,
         source=plan.pin.text(),
     )
 
 
-_DRAFT = (
-    "The multi-token-prediction block `mtp.*` is the source's, byte for byte and unquantized; vLLM uses it for "
-    "speculative decoding."
-)
-_NO_DRAFT = "This artifact has no multi-token-prediction block, so there is no speculative decoding with it."
+def _gpus(gigabytes: float) -> tuple[int, int]:
+    """How many GPUs of which size hold so many bytes of weights, and the cache beside them."""
+    return (4, 80) if gigabytes < 260 else (8, 180)
 
 
-def serve_command(mtp: bool) -> str:
-    """The `vllm serve` command for an artifact with or without MTP tensors."""
-    lines = ["vllm serve ARTIFACT --tensor-parallel-size 4 --kv-cache-dtype fp8 --max-model-len 65536"]
-    if mtp:
-        lines.append("""--speculative-config '{"method":"mtp","num_speculative_tokens":2}'""")
+def _draft(form: DraftForm) -> str:
+    """What the draft is, and how it is served."""
+    if form.kind == NO_DRAFT:
+        return "This artifact has no multi-token-prediction block, so there is no speculative decoding with it."
+    quantized = [name for name, how in (("routed experts", form.experts), ("linears", form.linears)) if how != "bf16"]
+    how = f"but for its quantized {' and '.join(quantized)} the source's, byte for byte" if quantized else ""
+    if form.kind == MTP:
+        how = how or "the source's, byte for byte and unquantized"
+        return f"The multi-token-prediction block `mtp.*` is {how}; vLLM uses it for speculative decoding."
+    how = how or "the source's, byte for byte and unquantized"
+    return (
+        f"The DSpark draft `mtp.*` is {how}; vLLM uses it for speculative decoding with the method `{form.kind}`, "
+        f"{form.tokens} tokens\nat a time, and loads it with no other method. The V2 model runner, vLLM's default, is "
+        "required."
+    )
+
+
+def serve_command(form: DraftForm, gpus: int = 4) -> str:
+    """The `vllm serve` command for an artifact with a draft of this form."""
+    lines = [f"vllm serve ARTIFACT --tensor-parallel-size {gpus} --kv-cache-dtype fp8 --max-model-len 65536"]
+    if form.speculation is not None:
+        lines.append(f"--speculative-config '{json.dumps(form.speculation, separators=(',', ':'))}'")
     lines.append("--tokenizer-mode deepseek_v4 --reasoning-parser deepseek_v4 --tool-call-parser deepseek_v4")
     lines.append("--enable-auto-tool-choice --trust-remote-code")
     return " \\\n  ".join(lines)
@@ -121,14 +139,18 @@ def _scheme_text(scheme: Scheme) -> str:
     return text
 
 
-def _parts(plan: Plan, mtp: bool) -> list[tuple[str, str]]:
+def _parts(plan: Plan) -> list[tuple[str, str]]:
     roles: dict[str, str] = {}
     for spec in plan.source_specs:
         if spec.module in plan.group_of:
-            roles.setdefault(f"{spec.role}s", _scheme_text(plan.config.groups[plan.group_of[spec.module]]))
+            part = f"{'draft, ' if spec.is_mtp else ''}{spec.role}s"
+            roles.setdefault(part, _scheme_text(plan.config.groups[plan.group_of[spec.module]]))
     parts = list(roles.items())
-    if mtp:
-        parts.append(("MTP block", "as the source has it"))
+    form = plan.draft_form
+    if form.kind != NO_DRAFT:
+        rest = ", the rest" if any(part.startswith("draft, ") for part in roles) else ""
+        name = "MTP block" if form.kind == MTP else f"{DRAFTS[form.kind].label} draft"
+        parts.append((f"{name}{rest}", "as the source has it"))
     return [*parts, ("everything else", "as the source has it")]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,9 +115,12 @@ def estimate(
         read[spec.block] += spec.nbytes
         dense[spec.block] += 0 if spec.expert is not None else spec.nbytes
     written: Counter[str] = Counter()
+    drafted: defaultdict[str, set[TensorSpec]] = defaultdict(set)
     for shard in shards:
         for tensor in shard.tensors:
             written[tensor.block] += tensor.nbytes
+            if tensor.encoded and tensor.spec.is_mtp and tensor.spec.expert is None:
+                drafted[tensor.block].add(tensor.spec)
     main = [block for block in read if block.startswith("layers.")]
     block = max(read[b] + written[b] for b in main)
     largest = max(s.nbytes for s in specs)
@@ -141,7 +144,7 @@ def estimate(
         dims.experts,
         sum(spec.nbytes for spec in experts),
         sum(packed(spec.name) for spec in experts),
-        max(dense[block] for block in main),
+        max(*(dense[block] for block in main), *(sum(s.nbytes for s in some) for some in drafted.values()), 0),
         largest, batch, block, streams, streams // max(1, micro_batches),
     )  # fmt: skip
     return Estimate(

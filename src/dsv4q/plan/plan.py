@@ -13,41 +13,23 @@ from functools import cached_property
 from typing import Any
 
 from dsv4q.checkpoint.against_layout import compare_with_layout, draft_kind
-from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of, packed_alike
+from dsv4q.checkpoint.native import packed_alike
 from dsv4q.checkpoint.pin import Pin, pin_of
 from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan, balanced_shards, blocks_of
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config
 from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
-from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
+from dsv4q.layout import HEAD_COPIES, NO_DRAFT, Dims, Shape, TensorSpec, source_tensors
+from dsv4q.plan.draft import DraftForm, is_fp8_blocks, recipe_targets
 from dsv4q.plan.model_config import carried_config
 from dsv4q.plan.needs import CUDA_BYTES, Estimate, estimate
+from dsv4q.plan.origin import Origin, SourceFiles
 from dsv4q.plan.targets import published_config, select
+from dsv4q.recipe.recipe import library_recipe
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme, stored_tensors
 
 QUANTIZATION_VERSION = "0.17.0"
 """compressed-tensors version stated in config.json: the oldest one whose fields we write."""
-
-
-@dataclass(frozen=True)
-class SourceFiles:
-    """How the source lies on disk."""
-
-    layout: str
-    """`bf16`, `native` (DeepSeek's FP8 and MXFP4), or `assumed bf16` where there is just a config.json."""
-    forms: dict[str, int]
-    """Tensors of the model by the form that they are stored in: MXFP4, FP8, or their dtype."""
-    entries: dict[str, tuple[int, int]]
-    """Tensor of the model -> tensors in the files that hold it, a scale counted too, and their bytes."""
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> SourceFiles:
-        entries = {s.name: entries_of(checkpoint, s.name) for s in specs}
-        sizes = {s.name: (1, s.nbytes) for s in specs}
-        sizes |= {name: (len(found), sum(e.nbytes for e in found)) for name, found in entries.items() if found}
-        if not checkpoint.has_weights:
-            return cls("assumed bf16", dict(Counter(s.dtype for s in specs).most_common()), sizes)
-        return cls("native" if isinstance(checkpoint, NativeCheckpoint) else "bf16", forms_of(checkpoint), sizes)
 
 
 @dataclass(frozen=True)
@@ -61,13 +43,16 @@ class Plan(ShardPlan):
     source_specs: tuple[TensorSpec, ...]
     """The tensors of the model, as BF16."""
     source_files: SourceFiles
+    origin: Origin | None
+    """The release that the source is, if it is known."""
     group_of: dict[str, str]
     artifact_config: dict[str, Any]
     """The config.json to write."""
     draft: str
     """Kind of draft that the source has: none, mtp, dspark, unknown."""
     experts_packed: bool
-    """Whether the main layers' routed experts may stay on the device as they lie in the files until they are wanted."""
+    """Whether routed experts that are computed with may stay on the device as they lie in the files until then."""
+    draft_form: DraftForm
     estimate: Estimate
     free_disk: int | None
     problems: tuple[Dsv4qError, ...]
@@ -79,6 +64,12 @@ class Plan(ShardPlan):
         """Units of work in order, those of which nothing is written too."""
         return tuple(dict.fromkeys(s.block for s in self.source_specs))
 
+    def library_recipe(self) -> dict[str, Any]:
+        """The recipe for `oneshot`: the user's, with every group's format stated, and what the draft needs."""
+        of_draft = {module: group for module, group in self.group_of.items() if module.startswith("mtp.")}
+        groups, ignore = recipe_targets(self.config.groups, self.config.ignore, of_draft, self.source_specs)
+        return library_recipe(groups, ignore)
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: everything but the list of tensors."""
         mtp = [t for t in self.tensors if t.name.startswith("mtp.")]
@@ -88,8 +79,10 @@ class Plan(ShardPlan):
                 "pin": self.pin.as_dict(),
                 "layout": self.source_files.layout,
                 "forms": self.source_files.forms,
-                "tensors": sum(count for count, _ in self.source_files.entries.values()),
-                "bytes": sum(nbytes for _, nbytes in self.source_files.entries.values()),
+                "tensors": self.source_files.tensors,
+                "bytes": self.source_files.nbytes,
+                "model": {"tensors": len(self.source_specs), "bytes": sum(s.nbytes for s in self.source_specs)},
+                "release": None if self.origin is None else self.origin.as_dict(),
                 "classes": _classes((s, *self.source_files.entries[s.name]) for s in self.source_specs),
                 "draft": self.draft,
             },
@@ -99,6 +92,7 @@ class Plan(ShardPlan):
                 "classes": _classes((t.spec, 1, t.nbytes) for t in self.tensors),
                 "mtp_tensors": len(mtp),
                 "mtp_bytes": sum(t.nbytes for t in mtp),
+                "draft": self.draft_form.as_dict(),
                 "quantized_linears": dict(Counter(self.group_of.values())),
                 "shards": [
                     {"file": s.file, "tensors": len(s.tensors), "bytes": s.nbytes, "blocks": blocks_of(s)}
@@ -144,26 +138,20 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     problems: list[Dsv4qError] = list(checkpoint.problems)
     if checkpoint.has_weights:
         problems += compare_with_layout(checkpoint, dims)
-    selection = select(config.groups, config.ignore, specs)
+    form = DraftForm.of(config, dims)
+    selection = select(config.groups, config.ignore, specs, form)
     problems += selection.problems
-    if config.mtp.keep and not dims.mtp_layers:
-        problems.append(
-            ConfigError(
-                "The config keeps the MTP block but the source has none",
-                where="mtp.keep",
-                expected="num_nextn_predict_layers of at least 1 in the source's config.json",
-                found=0,
-                hint="take a config with mtp: {keep: false, shared_head_copies: false}",
-            )
-        )
-    tensors, misfits = _artifact_tensors(specs, config, dict(selection.group_of))
+    of_draft = form.groups(config, selection.group_of, specs)
+    problems += form.problems(config, dims, of_draft)
+    group_of = {**selection.group_of, **of_draft}
+    tensors, misfits = _artifact_tensors(specs, config, form, group_of)
     problems += misfits
     problems += _unread_by_the_consumer(config)
     problems += _unbounded_inputs(tensors, config)
     problems += checkpoint.holes.problems
     shards = balanced_shards(tensors, config.output.shards)
     files = SourceFiles.of(checkpoint, specs)
-    packed = _experts_packed(checkpoint, specs, config, selection.group_of)
+    packed = _experts_packed(checkpoint, specs, config, group_of)
     needs = estimate(specs, shards, config, dims, lambda name: files.entries[name][1] if packed else 0)
     carried, odd_keys = carried_config(checkpoint.config, checkpoint.config_file)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
@@ -174,11 +162,13 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         config=config,
         source_specs=tuple(specs),
         source_files=files,
+        origin=Origin.of(checkpoint, dims, specs, files),
         shards=shards,
-        group_of=dict(selection.group_of),
-        artifact_config=_artifact_config(carried, config, dims, dict(selection.group_of)),
+        group_of=group_of,
+        artifact_config=_artifact_config(carried, config, dims, group_of, form),
         draft=draft_kind(names),
         experts_packed=packed,
+        draft_form=form,
         estimate=needs,
         free_disk=free_disk,
         problems=tuple(problems),
@@ -190,7 +180,7 @@ def _experts_packed(
     checkpoint: Checkpoint, specs: Sequence[TensorSpec], config: Config, group_of: Mapping[str, str]
 ) -> bool:
     """See `Plan.experts_packed`: all are stored in one form, and encoded in one way that takes them all at once."""
-    experts = [spec for spec in specs if spec.expert is not None and not spec.is_mtp]
+    experts = [s for s in specs if s.expert is not None and (not s.is_mtp or s.module in group_of)]
     groups = {group_of.get(spec.module) for spec in experts}
     stacked = all(group is not None and config.groups[group].in_stacks for group in groups) and len(groups) == 1
     by_projection: dict[str, list[str]] = defaultdict(list)
@@ -237,31 +227,36 @@ def _unbounded_inputs(tensors: Sequence[PlannedTensor], config: Config) -> Itera
 
 
 def _artifact_tensors(
-    specs: list[TensorSpec], config: Config, group_of: dict[str, str]
+    specs: list[TensorSpec], config: Config, form: DraftForm, group_of: dict[str, str]
 ) -> tuple[list[PlannedTensor], list[Dsv4qError]]:
     stored: dict[tuple[str, Shape], tuple[tuple[str, str, Shape], ...]] = {}
     problems: list[Dsv4qError] = []
     tensors: list[PlannedTensor] = []
     for spec in specs:
-        group = group_of.get(spec.module) if spec.is_quantizable else None
-        if spec.is_mtp and not config.mtp.keep:
+        if spec.is_mtp and form.kind == NO_DRAFT:
             continue
+        group = group_of.get(spec.module)
         if group is None:
             tensors.append(PlannedTensor(spec.name, spec.dtype, spec.shape, spec, False, spec.block))
             continue
         key = (group, spec.shape)
         if key not in stored:
-            stored[key] = _stored(config.groups[group], spec, problems)
+            stored[key] = _stored(config.groups[group], spec, form, problems)
         for suffix, dtype, shape in stored[key]:
             tensors.append(PlannedTensor(f"{spec.module}.{suffix}", dtype, shape, spec, True, spec.block))
-    if config.mtp.shared_head_copies:
+    if form.head_copies:
         tensors += _head_copies(specs)
     return tensors, problems
 
 
-def _stored(scheme: Scheme, spec: TensorSpec, problems: list[Dsv4qError]) -> tuple[tuple[str, str, Shape], ...]:
+def _stored(
+    scheme: Scheme, spec: TensorSpec, form: DraftForm, problems: list[Dsv4qError]
+) -> tuple[tuple[str, str, Shape], ...]:
     try:
-        return stored_tensors(scheme, spec.shape)
+        found = stored_tensors(scheme, spec.shape)
+        if is_fp8_blocks(scheme):
+            return tuple((name, form.scale_dtype if name == "weight_scale" else d, shape) for name, d, shape in found)
+        return found
     except Dsv4qError as error:
         error.where = error.where or spec.name
         error.args = (error.text(),)
@@ -277,12 +272,19 @@ def _head_copies(specs: list[TensorSpec]) -> Iterator[PlannedTensor]:
             yield PlannedTensor(f"{block}.{suffix}", spec.dtype, spec.shape, spec, False, block)
 
 
-def _artifact_config(source: dict[str, Any], config: Config, dims: Dims, group_of: dict[str, str]) -> dict[str, Any]:
-    """The keys that go on of the source's config.json, with our quantization_config; without MTP its count is 0."""
+def _artifact_config(
+    source: dict[str, Any], config: Config, dims: Dims, group_of: dict[str, str], form: DraftForm
+) -> dict[str, Any]:
+    """The keys that go on of the source's config.json, with our quantization_config.
+
+    Without a draft num_nextn_predict_layers is 0, and the keys that describe a DSpark draft are gone.
+    """
     result = dict(source)
-    if not config.mtp.keep and "num_nextn_predict_layers" in result:
-        result["num_nextn_predict_layers"] = 0
-    result["quantization_config"] = published_config(config.groups, group_of, dims, QUANTIZATION_VERSION)
+    if form.kind == NO_DRAFT:
+        if "num_nextn_predict_layers" in result:
+            result["num_nextn_predict_layers"] = 0
+        result = {key: value for key, value in result.items() if not key.startswith("dspark_")}
+    result["quantization_config"] = published_config(config.groups, group_of, dims, QUANTIZATION_VERSION, form)
     return result
 
 

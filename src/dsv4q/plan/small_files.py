@@ -77,7 +77,7 @@ def _carry(out: Path, source: Path, names: Iterable[Path]) -> None:
 
 
 def _write_plan_files(out: Path, source: Path, plan: Plan) -> None:
-    recipe = yaml.safe_dump(plan.config.library_recipe(), sort_keys=False, allow_unicode=True, width=100)
+    recipe = yaml.safe_dump(plan.library_recipe(), sort_keys=False, allow_unicode=True, width=100)
     write_atomic(out / "recipe.yaml", recipe)
     write_atomic(out / "README.md", model_card(plan, source))
     write_atomic(out / "config.json", artifact_config_text(plan))

@@ -25,6 +25,7 @@ from dsv4q.layout import (
     Role,
     TensorSpec,
 )
+from dsv4q.plan.draft import LEFT_OUT, DraftForm, further_targets, published_ignore, stages
 from dsv4q.recipe.schemes import MIXED, Scheme, published_args
 
 _CLASSES = {Role.EMBEDDING: ("Embedding",), Role.ROUTER: ()}
@@ -65,13 +66,15 @@ class _Matcher:
         )  # fmt: skip
 
 
-def select(groups: Mapping[str, Scheme], ignore: Iterable[str], specs: Iterable[TensorSpec]) -> Selection:
-    """Match every config group against every module that has a 2-D weight.
+def select(
+    groups: Mapping[str, Scheme], ignore: Iterable[str], specs: Iterable[TensorSpec], form: DraftForm = LEFT_OUT
+) -> Selection:
+    """Match every config group against every module that has a 2-D weight, but for those that the draft's form takes.
 
     Problems, each a RecipeError: a target that matches nothing, a module that must stay as it is, a module in
     two groups, part of a fused pair or of a layer's experts.
     """
-    matrices = [s for s in specs if len(s.shape) == 2 and s.name.endswith(".weight")]
+    matrices = [s for s in specs if len(s.shape) == 2 and s.name.endswith(".weight") and not form.quantizes(s)]
     try:
         ignored = _Matcher(tuple(ignore))
         matchers = {name: _Matcher(scheme.targets) for name, scheme in groups.items()}
@@ -159,12 +162,16 @@ def _split(group_of: Mapping[str, str], matrices: list[TensorSpec]) -> Iterable[
 
 
 def published_config(
-    groups: Mapping[str, Scheme], group_of: Mapping[str, str], dims: Dims, version: str
+    groups: Mapping[str, Scheme],
+    group_of: Mapping[str, str],
+    dims: Dims,
+    version: str,
+    form: DraftForm = LEFT_OUT,
 ) -> dict[str, Any]:
     """`quantization_config` for config.json: what compressed-tensors 0.17 and vLLM read.
 
-    Targets name the selected modules in both vocabularies. The ignore list frees the draft under each prefix it
-    is known by; vLLM builds it as `model.layers.{num_hidden_layers + i}` with the main model's config.
+    Targets name the selected modules in both vocabularies; targets and ignore list give the draft its form under each
+    prefix it is known by, see `draft.py`.
     """
     published = {}
     for index, (name, scheme) in enumerate(groups.items()):
@@ -177,13 +184,12 @@ def published_config(
             "format": scheme.compression_format,
         }
     formats = {group["format"] for group in published.values()}
-    drafts = [rf"re:^model\.layers\.{dims.layers + i}\..*" for i in range(max(1, dims.mtp_layers))]
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": published,
-        "ignore": ["lm_head", r"re:^mtp\..*", r"re:^model\.mtp\..*", *drafts],
+        "ignore": published_ignore(form, dims),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": version,
@@ -191,17 +197,25 @@ def published_config(
 
 
 def _published_targets(modules: list[str], dims: Dims) -> list[str]:
+    """Where the draft has linears in the group, a target that names layers names the stages of the draft too."""
     layers: dict[str, set[int]] = defaultdict(set)
+    drafted = set()
     for module in modules:
         parts = module.split(".")
-        layers[parts[-1]].add(int(parts[1]))
-    by_layers: dict[frozenset[int], list[str]] = defaultdict(list)
+        if parts[0] == "mtp":
+            drafted.add(parts[-1])
+        else:
+            layers[parts[-1]].add(int(parts[1]))
+    by_layers: dict[tuple[frozenset[int], bool], list[str]] = defaultdict(list)
     for projection, where_found in layers.items():
-        by_layers[frozenset(where_found)].append(projection)
+        by_layers[frozenset(where_found), projection in drafted].append(projection)
     targets = []
-    for found, projections in by_layers.items():
-        every = len(found) == dims.layers
-        where = r"re:.*\." if every else rf"re:(.*\.)?layers\.({'|'.join(map(str, sorted(found)))})\."
+    for (found, with_draft), projections in by_layers.items():
+        numbers = "|".join(map(str, [*sorted(found), *(stages(dims) if with_draft else ())]))
+        blocks = rf"layers\.({numbers})"
+        if with_draft:
+            blocks = rf"({blocks}|mtp\.\d+)"
+        where = r"re:.*\." if len(found) == dims.layers else rf"re:(.*\.)?{blocks}\."
         for family, prefix in (
             (ATTENTION_PROJECTIONS, r"(attn|self_attn)\."),
             (EXPERT_PROJECTIONS, r"(ffn|mlp)\.experts\.\d+\."),
@@ -210,4 +224,6 @@ def _published_targets(modules: list[str], dims: Dims) -> list[str]:
             if names:
                 choice = "|".join(names + [HF_PROJECTION[p] for p in names])
                 targets.append(rf"{where}{prefix}({choice})$")
+    if any(".shared_experts." in module for module in modules):
+        targets += further_targets(dims)
     return targets

@@ -157,9 +157,15 @@ def show_report(report: Mapping[str, Any], console: Console) -> None:
 def _show_inputs(report: Mapping[str, Any], console: Console) -> None:
     """Where the input scales came from, and how far the largest used amax lies below the largest possible one."""
     ratios: dict[str, list[float]] = {}
+    drafted = False
     for block in report["blocks"]:
         for projection, amax in block.get("input_amax", {}).items():
-            ratios.setdefault(projection, []).append(amax["bound"] / amax["used"])
+            if block["block"].startswith("mtp."):
+                drafted = True
+            else:
+                ratios.setdefault(projection, []).append(amax["bound"] / amax["used"])
+    if drafted:
+        console.print("input scales of the draft: analytic bounds, no token goes through it")
     if not ratios:
         return
     if report["activations"]["scales"] == "bound":

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4q.checkpoint.headers import few
 from dsv4q.console import Console, Mode, human_bytes
 from dsv4q.host import stoppable
 from dsv4q.plan.needs import CUDA_BYTES, GpuUse
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 _DRAFTS = {
     "none": "no draft",
     "mtp": "a multi-token-prediction block",
-    "dspark": "a DSpark draft, which is not MTP",
+    "dspark": "a DSpark draft",
     "unknown": "something under mtp. that is neither MTP nor DSpark",
 }
 
 _LAYOUTS = {
     "bf16": "BF16",
     "native": "DeepSeek's own layout, read as the BF16 that it stands for",
+    "assumed native": "DeepSeek's own layout, by config.json alone",
     "assumed bf16": "BF16 is assumed, for there are no weights here",
 }
 
@@ -57,15 +59,16 @@ def show_plan(plan: Plan, console: Console, gpu_memory: int | None = None) -> No
     )
     console.print(
         f"source     {source['tensors']:,} tensors, {human_bytes(source['bytes'])}; {_LAYOUTS[source['layout']]}"
-        + (f" ({_forms(source['forms'])})" if source["layout"] == "native" else "")
+        + (f" ({_forms(source['forms'])})" if "native" in source["layout"] else "")
     )
+    console.print(f"release    {_release(source)}")
     console.print(
         f"artifact   {artifact['tensors']:,} tensors, {human_bytes(artifact['bytes'])}, "
         f"in {len(artifact['shards'])} shards"
     )
     console.print(
-        f"draft      {_DRAFTS[source['draft']]} in the source; {artifact['mtp_tensors']} mtp.* tensors "
-        f"({human_bytes(artifact['mtp_bytes'])}) in the artifact"
+        f"draft      {_DRAFTS[source['draft']]} in the source; {artifact['mtp_tensors']:,} mtp.* tensors "
+        f"({human_bytes(artifact['mtp_bytes'])}) in the artifact{_form(artifact['draft'])}"
     )
     free = needs["free_disk_bytes"]
     console.print(
@@ -117,6 +120,33 @@ def show_ranks(shares: Sequence[Mapping[str, Any]], console: Console) -> None:
             for s in shares
         ],
     )  # fmt: skip
+
+
+def _release(source: Mapping[str, Any]) -> str:
+    """Which release the source is, and what is missing or extra."""
+    release, model = source["release"], source["model"]
+    as_bf16 = f"as a BF16 model {model['tensors']:,} tensors, {human_bytes(model['bytes'])}"
+    if release is None:
+        return f"none that is known; {as_bf16}"
+    if release["complete"] is None:
+        whole = f"{release['tensors']:,} tensors, {human_bytes(release['bytes'])} as released"
+        return f"{release['name']}, by config.json alone; {whole}, {as_bf16}"
+    faults = [
+        f"{release[kind]:,} tensors {word} ({few(release[f'{kind}_names'])})"
+        for kind, word in (("missing", "missing"), ("extra", "too many"))
+        if release[kind]
+    ]
+    wrong = "; ".join(faults) or "tensors of other sizes"
+    return f"{release['name']}, {'complete' if release['complete'] else wrong}; {as_bf16}"
+
+
+def _form(draft: Mapping[str, Any]) -> str:
+    """In which form the draft is in the artifact, and how it is served."""
+    served = draft["speculative_config"]
+    if served is None:
+        return ""
+    stored = f"experts {draft['experts']}, linears {draft['linears']}"
+    return f": {stored}; served with method {served['method']}, {served['num_speculative_tokens']} tokens"
 
 
 def _forms(forms: dict[str, int]) -> str:

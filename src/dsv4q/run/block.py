@@ -15,10 +15,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
 from dsv4q.checkpoint.source import Checkpoint
+from dsv4q.config import Activations
 from dsv4q.errors import CalibrationError, WeightError
 from dsv4q.layout import TensorSpec
 from dsv4q.model.model import (
@@ -94,7 +96,7 @@ class BlockWorker:
         name = block.task.name
         done = RankWork(self.ranks.share.rank, read_bytes=block.read_bytes, write_bytes=block.written_bytes)
         record = BlockRecord(done)
-        if name.startswith("layers."):
+        if name.startswith("layers.") or any(work.encoded for work in block.task.work):
             self._decoder_block(block, record, watch)
         elif self.work.is_forward(name):
             self._embed(block, record, watch)
@@ -112,7 +114,7 @@ class BlockWorker:
 
     def _decoder_block(self, block: LoadedBlock, record: BlockRecord, watch: Stopwatch) -> None:
         task = block.task
-        layer = self.model.model.layers[int(task.name.removeprefix("layers."))]
+        layer = self._module(task.name)
         linears = self._linears_of(task.name) if task.encode else BlockLinears((), None)
         in_modules = task.encode and linears.stacks is None
         with watch.stage("exchange"):
@@ -143,6 +145,11 @@ class BlockWorker:
         self.advance(task.name, task.device_bytes - self._in_forward(block) * len(self.streams))
 
     # ----------------------------------------------------------------------------------------------------- in place
+
+    def _module(self, block: str) -> Any:
+        """The decoder layer of a main block, or of one of the draft's."""
+        kind, _, index = block.partition(".")
+        return (self.model.mtp if kind == "mtp" else self.model.model.layers)[int(index)]
 
     def _put_in_place(self, block: LoadedBlock, *, experts: bool) -> None:
         """Tensors into their modules, those of routed experts only if they are worked on as modules."""
@@ -237,7 +244,10 @@ class BlockWorker:
     # ------------------------------------------------------------------------------------------- scales and encoding
 
     def _settle(self, block: LoadedBlock, parts: Sequence[Linears], record: BlockRecord) -> None:
-        inputs = InputScales(block.task.name, self.plan.config.activations, self._input_bounds(block.task.name))
+        name, activations = block.task.name, self.plan.config.activations
+        # No token goes through the draft.
+        used = Activations(scales="bound") if name.startswith("mtp.") else activations
+        inputs = InputScales(name, used, self._input_bounds(name))
         for part in parts:
             part.settle(inputs)
         record.facts |= inputs.as_record()

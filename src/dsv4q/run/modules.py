@@ -19,6 +19,7 @@ from llmcompressor.observers.min_max import StaticMinMaxObserver
 from dsv4q.errors import RankError
 from dsv4q.formats import stored as forms
 from dsv4q.formats.compare import error_sums
+from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, fp8_block_encode, nvfp4_encode
 from dsv4q.model.model import release
 from dsv4q.model.upstream import decode_state, encode_module, scheme_of, weights_on_every_rank
@@ -45,12 +46,18 @@ class ModuleLinears:
     # ------------------------------------------------------------------------------------------ before the forward
 
     def prepare(self) -> None:
-        """Give the quantization parameters memory: NaN until the observers fill them, so that no gap passes."""
+        """Give the quantization parameters memory: NaN until the observers fill them, so that no gap passes.
+
+        Scales that are stored as BF16 or F32 are so from here on: the bytes are encoded under what is stored.
+        """
         for linear in self.linears:
+            stored = {t.name.rpartition(".")[2]: torch_dtypes()[t.dtype] for t in linear.planned}
             for name, parameter in linear.module._parameters.items():
                 if name == "weight" or parameter is None:
                     continue
-                fresh = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self.device)
+                wanted = stored.get(name)
+                dtype = wanted if wanted in (torch.bfloat16, torch.float32) else parameter.dtype
+                fresh = torch.zeros(parameter.shape, dtype=dtype, device=self.device)
                 if not name.endswith("zero_point"):
                     fresh.fill_(float("nan"))
                 linear.module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=False)

@@ -88,7 +88,7 @@ def run_oneshot(plan: Plan, folder: Path, make_loop: Callable[[DeepseekV4ForCaus
             oneshot(
                 model=model,
                 processor=object(),
-                recipe=yaml.safe_dump(plan.config.library_recipe()),
+                recipe=yaml.safe_dump(plan.library_recipe()),
                 pipeline=PIPELINE,
                 moe_calibrate_all_experts=plan.config.activations.experts == "all",
             )

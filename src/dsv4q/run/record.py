@@ -25,7 +25,7 @@ class BlockRecord:
     facts: dict[str, Any] = field(default_factory=dict)
     """The same on every rank: tokens per expert, input scales."""
     errors: defaultdict[str, Errors] = field(default_factory=partial(defaultdict, Errors))
-    """Role -> error of its linears."""
+    """Class of tensors -> error of its linears."""
     scales: defaultdict[str, list[float]] = field(default_factory=partial(defaultdict, list))
     """`projection.suffix` -> global scales."""
     lost: dict[str, float] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class BlockRecord:
         for suffix in (name for name in GLOBAL_SCALES if name in stored):
             for linear, value in zip(linears, stored[suffix].flatten().tolist(), strict=True):
                 self.scales[f"{linear.projection}.{suffix}"].append(value)
-        self.errors[linears[0].spec.role].add_all([linear.spec.name for linear in linears], sums.tolist())
+        self.errors[linears[0].spec.class_name].add_all([linear.spec.name for linear in linears], sums.tolist())
         self._note_lost(linears, stored, sums[:, 0])
         self.done.encoded_linears += len(linears)
         self.done.write_bytes += sum(tensor.nbytes for linear in linears for tensor in linear.planned)

@@ -99,12 +99,12 @@ class LinearBatch:
         case.log.looked_at("scales", scales)
         if self.quick:
             case.log.looked_at("exact")
-            case.exact[spec.role] += 1
+            case.exact[spec.class_name] += 1
             return
         case.log.looked_at("values", len(self.scheme.value_tensors(self.suffixes)) if case.deep else 0)
         case.log.looked_at("encoding")
         case.log.looked_at("error")
-        errors = case.errors[spec.role]
+        errors = case.errors[spec.class_name]
         errors.add(spec.module, TensorError(1.0, 0.0, 0.0, 0.0))
         errors.power_of_two_scales += power
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.layout import HEAD_COPIES, Dims, Shape, TensorSpec, source_tensors
+from dsv4q.layout import Dims, Shape, TensorSpec, head_copies, source_tensors
 from dsv4q.verify.config import judge_config
 from dsv4q.verify.files import Header
 from dsv4q.verify.result import ClassErrors, Log
@@ -50,16 +50,15 @@ class Contract:
         """Check quantization_config, and derive from it and the layout what must be there."""
         specs = source_tensors(dims)
         schemes = {} if plain else judge_config(config, dims, specs, log)
-        copies = {f"mtp.{i}.{suffix}": main for i in range(dims.mtp_layers) for suffix, main in HEAD_COPIES.items()}
         tensors: dict[str, tuple[tuple[str, ...], Shape]] = {}
         for spec in specs:
-            scheme = schemes.get(spec.module) if spec.is_quantizable else None
+            scheme = schemes.get(spec.module)
             if scheme is None:
                 tensors[spec.name] = ((spec.dtype,), spec.shape)
                 continue
             for suffix, stored in scheme.stored(spec.shape).items():
                 tensors[f"{spec.module}.{suffix}"] = stored
-        copies = {} if plain else copies
+        copies = {} if plain else head_copies(dims)
         tensors |= {copy: tensors[main] for copy, main in copies.items()}
         return cls(config, dims, plain, {spec.name: spec for spec in specs}, schemes, copies, tensors)
 
@@ -86,8 +85,8 @@ class Contract:
             return f"{tensors[name]}: this is transformers' name of it"
         if module in modules:
             return f"{modules[module]}.{suffix}: this is transformers' name of it"
-        if name.startswith("mtp.") and not self.dims.mtp_layers:
-            return "no mtp.* tensor: num_nextn_predict_layers is 0"
+        if name.startswith("mtp.") and not self.dims.draft.stages:
+            return "no mtp.* tensor: config.json has no draft"
         if re.fullmatch(r"mtp\.\d+\.embed\.weight", name):
             right = name.replace("embed", "emb.tok_emb")
             return f"no such name (it breaks the consumer's loader); the copy is {right}"

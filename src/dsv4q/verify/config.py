@@ -81,9 +81,9 @@ def judge_model_config(config: Mapping[str, Any], dims: Dims, log: Log) -> None:
     architectures = config.get("architectures", [ARCHITECTURE])
     if architectures != [ARCHITECTURE]:
         _wrong(log, f"architectures: {[ARCHITECTURE]}", repr(architectures)[:80])
-    draft = config["compress_ratios"][dims.layers :][: dims.mtp_layers]
-    if draft != [SLIDING] * dims.mtp_layers:
-        expected = f"compress_ratios with {dims.mtp_layers} times {SLIDING} behind those of the main layers"
+    draft = config["compress_ratios"][dims.layers :][: dims.draft.stages]
+    if draft != [SLIDING] * dims.draft.stages:
+        expected = f"compress_ratios with {dims.draft.stages} times {SLIDING} behind those of the main layers"
         _wrong(log, expected, repr(draft))
 
 

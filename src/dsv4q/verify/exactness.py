@@ -103,7 +103,7 @@ def promised_linears(root: Path, specs: Mapping[str, TensorSpec], log: Log) -> f
         log.differs("files", file=RECIPE, expected="YAML", found=" ".join(str(error).split())[:200])
         return frozenset()
     wanted = [Patterns(targets, RECIPE, log) for targets, observer in _groups(recipe) if observer in OBSERVERS]
-    linears = [spec for spec in specs.values() if spec.is_quantizable]
+    linears = [spec for spec in specs.values() if spec.is_quantizable or spec.is_mtp]
     names = {spec.module: (spec.module, spec.hf_name.removesuffix(".weight")) for spec in linears}
     return frozenset(
         module for module, both in names.items() if any(one.match(name) for one in wanted for name in both)

@@ -196,7 +196,7 @@ class Linear:
         bf16 = weight.dtype == self.stored["weight_scale"].dtype == torch.bfloat16
         unit = self.scheme.unit(decoded)
         error = tensor_error(full, decoded["weight"])
-        errors = self.case.errors[self.spec.role]
+        errors = self.case.errors[self.spec.class_name]
         errors.add(self.spec.module, error)
         errors.power_of_two_scales += powers_of_two(unit)
         if not self._reencodes(weight, decoded, _BF16 if bf16 else _F32):

@@ -1,7 +1,7 @@
 """The consumer's game of names: which group of quantization_config, or which ignore entry, takes each linear.
 
-vLLM builds the main model under upstream names, the draft under `model.layers.{num_hidden_layers + i}` with the same
-quantization_config, and asks of every linear: does a target match, does an ignore entry match. A target or ignore entry
+vLLM builds the main model under upstream names, the draft as `draft.py` says with the same quantization_config, and
+asks of every linear: does a target match, does an ignore entry match. A target or ignore entry
 is a regular expression for `re.match` after `re:`, else an exact name or the class name `Linear` (compressed-tensors
 `utils/match.py`). So this module plays that game for every linear in both vocabularies and under every prefix, instead
 of looking for literal entries.
@@ -10,11 +10,12 @@ of looking for literal entries.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsv4q.layout import Dims, Role, TensorSpec
+from dsv4q.layout import DRAFTS, DSPARK, Dims, Role, TensorSpec
+from dsv4q.verify.draft import consumer_names, every_name, is_fused, may_be_quantized
 from dsv4q.verify.result import Log, few
 from dsv4q.verify.schemes import StoredScheme
 
@@ -73,19 +74,25 @@ class Simulation:
         """Main linear that may be quantized -> group that quantizes it in the consumer."""
         self.schemes: dict[str, StoredScheme] = {}
         self.names: list[str] = []
+        self._asks_by_its_own_names = False
+        """Whether only the consumer's own names of the draft count; otherwise every name that it is known by."""
 
     def run(self, specs: Sequence[TensorSpec]) -> dict[str, StoredScheme]:
-        """The scheme of every main linear that a group quantizes, by upstream module name."""
+        """The scheme of every linear that a group quantizes, by upstream module name."""
+        drafted = []
         for spec in specs:
             if not spec.name.endswith(".weight"):
                 continue
-            names = self._names(spec)
+            names = every_name(self.dims, spec) if spec.is_mtp else self._names(spec)
             self.names += names
             self.log.looked_at("targets", len(names))
-            if spec.is_quantizable:
+            if spec.is_mtp:
+                drafted.append(spec)
+            elif spec.is_quantizable:
                 self._quantizable(spec, names)
             else:
                 self._untouched(spec, names)
+        self._draft(drafted)
         self._idle_targets()
         self._fused(specs)
         for (expected, found), concerned in self.found.items():
@@ -93,14 +100,7 @@ class Simulation:
         return self.schemes
 
     def _names(self, spec: TensorSpec) -> tuple[str, ...]:
-        upstream, transformers = spec.module, spec.hf_name.removesuffix(".weight")
-        if not spec.is_mtp:
-            return upstream, f"model.{upstream}", transformers
-        draft = f"model.layers.{self.dims.layers + int(spec.block.removeprefix('mtp.'))}"
-        tail, hf_tail = (name.removeprefix(f"{spec.block}.") for name in (upstream, transformers))
-        tails = dict.fromkeys((tail, hf_tail))
-        prefixes = (spec.block, f"model.{spec.block}", draft, f"{draft}.mtp_block")
-        return tuple(f"{prefix}.{one}" for prefix in prefixes for one in tails)
+        return spec.module, f"model.{spec.module}", spec.hf_name.removesuffix(".weight")
 
     def _hits(self, name: str) -> list[TargetGroup]:
         return [group for group in self.groups if group.targets.match(name)]
@@ -134,8 +134,56 @@ class Simulation:
         for name in names:
             hit = self._hits(name)
             if hit and self.ignore.match(name) is None:
-                what = "the MTP draft" if spec.is_mtp else f"{spec.role}s"
-                self._note(f"{what} left unquantized under every name", f"{hit[0].name} quantizes", name)
+                what = f"the {self._label} draft" if spec.is_mtp else f"{spec.role}s"
+                every = "the consumer's" if spec.is_mtp and self._asks_by_its_own_names else "every"
+                self._note(f"{what} left unquantized under {every} name", f"{hit[0].name} quantizes", name)
+
+    # ------------------------------------------------------------------------------------------------ the draft
+
+    @property
+    def _label(self) -> str:
+        return DRAFTS[self.dims.draft.kind].label
+
+    def _draft(self, specs: Sequence[TensorSpec]) -> None:
+        """Experts of all stages in one form, other linears of all stages in one form; what is quantized has a scheme.
+
+        The form is what the consumer would build of some: of experts, or of linears that only DSpark names so.
+        An entry that reaches an attention projection of a stage by the main layers' target is one that was forgotten.
+        """
+        able = [spec for spec in specs if may_be_quantized(self.dims, spec)]
+        built = {spec.module: self._built(spec) for spec in able}
+        experts = [spec for spec in able if spec.role == Role.ROUTED_EXPERT]
+        linears = [spec for spec in able if spec.role != Role.ROUTED_EXPERT]
+        whole = any(built[spec.module] for spec in experts)
+        fused = any(built[spec.module] for spec in linears if is_fused(self.dims, spec))
+        self._asks_by_its_own_names = whole or self.dims.draft.kind == DSPARK
+        for some, quantized, what in ((experts, whole, "experts"), (linears, fused, "linears")):
+            if quantized:
+                self._in_one_form(some, built, what)
+        taken = {spec.module for some, quantized in ((experts, whole), (linears, fused)) if quantized for spec in some}
+        for spec in (spec for spec in specs if spec.module not in taken):
+            own = self._asks_by_its_own_names
+            self._untouched(spec, consumer_names(self.dims, spec) if own else every_name(self.dims, spec))
+
+    def _built(self, spec: TensorSpec) -> TargetGroup | None:
+        """The group under which the consumer builds a linear of the draft."""
+        hits = [next(iter(self._hits(name)), None) for name in consumer_names(self.dims, spec)]
+        ignored = [self.ignore.match(name) for name in consumer_names(self.dims, spec)]
+        found = [hit for hit, entry in zip(hits, ignored, strict=True) if hit is not None and entry is None]
+        return found[0] if found else None
+
+    def _in_one_form(self, specs: Sequence[TensorSpec], built: Mapping[str, TargetGroup | None], what: str) -> None:
+        groups = Counter(group.name for spec in specs if (group := built[spec.module]) is not None)
+        usual = groups.most_common(1)[0][0]
+        (group,) = {g.name: g for g in self.groups if g.name == usual}.values()
+        for spec in specs:
+            for name in consumer_names(self.dims, spec):
+                hits, entry = [hit.name for hit in self._hits(name)], self.ignore.match(name)
+                if hits != [usual] or entry is not None:
+                    found = entry or " and ".join(hits) or "no target matches"
+                    self._note(f"all {what} of the {self._label} draft in {usual}", found, name)
+            if group.scheme is not None and self._fits(group.scheme, spec):
+                self.schemes[spec.module] = group.scheme
 
     def _note(self, expected: str, found: str, name: str) -> None:
         self.found[expected, found].append(name)

@@ -13,6 +13,7 @@ from dsv4q.checkpoint.headers import shown
 from dsv4q.checkpoint.native import entries_of
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.errors import SourceError
+from dsv4q.layout import NO_DRAFT
 from dsv4q.verify.case import COMPRESSED, Case, Contract
 from dsv4q.verify.result import reason
 
@@ -93,16 +94,18 @@ def _may_stay_behind(key: str, value: object) -> bool:
 def _compare_configs(case: Case, config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
     """Every key kept, as JSON has it: 1, 1.0 and true are three values.
 
-    Without its draft, an artifact says so in num_nextn_predict_layers, and compress_ratios may end with the main
-    layers.
+    Without its draft, an artifact says so in num_nextn_predict_layers, has no dspark_* key, and compress_ratios may end
+    with the main layers.
     """
-    dropped = config.get("num_nextn_predict_layers") == 0
+    dims = case.contract.dims
+    dropped = dims.draft.kind == NO_DRAFT
+    described = ("num_nextn_predict_layers", "dspark_") if dropped else ()
     for key in sorted((config.keys() | source.keys()) - {"quantization_config"}):
         case.log.looked_at("source")
         ours, theirs = config.get(key, "no such key"), source.get(key, "no such key")
-        if dropped and key == "compress_ratios" and isinstance(theirs, list) and len(ours) == case.contract.dims.layers:
+        if dropped and key == "compress_ratios" and isinstance(theirs, list) and len(ours) == dims.layers:
             theirs = theirs[: len(ours)]
-        if (dropped and key == "num_nextn_predict_layers") or (key not in config and _may_stay_behind(key, theirs)):
+        if key.startswith(described) or (key not in config and _may_stay_behind(key, theirs)):
             continue
         if key in ("dtype", "torch_dtype") and ours == "bfloat16":  # that of the weights, whatever the source calls it
             continue

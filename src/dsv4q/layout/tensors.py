@@ -1,4 +1,4 @@
-"""DeepSeek-V4 as data: every tensor's name, role, dtype and shape, from a config.json.
+"""Every tensor's name, role, dtype and shape, from the dimensions of a config.json.
 
 Two vocabularies name the same tensors: upstream (`layers.0.attn.wq_a.weight`, what DeepSeek publishes and
 vLLM loads) and transformers (`model.layers.0.self_attn.q_a_proj.weight`). Both are written down once, side by
@@ -6,25 +6,20 @@ side, in the tables below; every other module looks names up here.
 
 Shape letters: D hidden_size, Q q_lora_rank, N attention heads, H head_dim, G o_groups, R o_lora_rank,
 E routed experts, F moe_intermediate_size, K experts per token, V vocabulary, C hc_mult, I index heads,
-J index_head_dim, r compress ratio.
+J index_head_dim, r compress ratio. Of a DSpark draft: T target layers, M width of the Markov head.
 
 Sources: transformers 5.17 `models/deepseek_v4/modeling_deepseek_v4.py` (modules and shapes), the headers of
-`deepseek-ai/DeepSeek-V4-Flash` (names and dtypes).
+`deepseek-ai/DeepSeek-V4-Flash` and, for DSpark, `deepseek-ai/DeepSeek-V4-Flash-0731` (names and dtypes).
 """
 
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-from dsv4q.errors import SourceError
-
-MODEL_TYPE = "deepseek_v4"
+from dsv4q.layout.dims import CSA, DSPARK, HCA, MTP, SLIDING, Dims
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
@@ -33,12 +28,6 @@ DTYPE_BYTES = {
 """Bytes per element of the safetensors dtype names."""
 
 Shape = tuple[int, ...]
-
-MAX_SIZE, MAX_COUNT = 1 << 24, 1 << 12
-"""Largest width, and most layers or experts, of a config.json: far above any model, and the tables below stay small."""
-
-SLIDING, CSA, HCA = 0, 4, 128
-"""Compress ratios: sliding window only, compressed sparse (with indexer), heavily compressed attention."""
 
 ATTENTION_PROJECTIONS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")
 EXPERT_PROJECTIONS = ("w1", "w2", "w3")
@@ -64,133 +53,7 @@ class Role:
     SHARED_EXPERT = "shared expert"
     ROUTED_EXPERT = "routed expert"
     DRAFT_INPUT = "draft input"
-
-
-@dataclass(frozen=True)
-class Dims:
-    """The numbers of a DeepSeek-V4 config.json that decide its tensors."""
-
-    hidden: int
-    vocab: int
-    layers: int
-    heads: int
-    head_dim: int
-    q_lora: int
-    o_groups: int
-    o_lora: int
-    experts: int
-    shared_experts: int
-    experts_per_token: int
-    moe_intermediate: int
-    hc_mult: int
-    index_heads: int
-    index_head_dim: int
-    hash_layers: int
-    ratios: tuple[int, ...]
-    """Compress ratio of each main layer."""
-    mtp_layers: int
-
-    @property
-    def mix(self) -> int:
-        """Rows of a hyper-connection's `fn`: pre, post and comb logits, (2 + C) * C."""
-        return (2 + self.hc_mult) * self.hc_mult
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], where: str | Path = "config.json") -> Dims:
-        """Read the dimensions of a parsed config.json.
-
-        Raises:
-            SourceError: wrong model_type, a key missing or not a positive integer of plausible size, ratios unknown or
-                too few, heads that o_groups does not divide, more experts per token than there are.
-        """
-        if config.get("model_type") != MODEL_TYPE:
-            raise SourceError(
-                "This is not a DeepSeek-V4 checkpoint",
-                where=f"{where}: model_type",
-                expected=MODEL_TYPE,
-                found=_found(config, "model_type"),
-            )
-
-        if "compress_ratios" not in config and any(key in config for key in _BY_TRANSFORMERS):
-            raise SourceError(
-                "This config.json was saved by transformers, which does not keep what the release's says",
-                where=f"{where}: compress_ratios",
-                found=f"{', '.join(key for key in _BY_TRANSFORMERS if key in config)} instead of compress_ratios",
-                hint="take config.json of the release that these weights came from",
-            )
-
-        def number(key: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE) -> int:
-            value = config.get(key, default)
-            if type(value) is not int or not least <= value <= most:
-                raise SourceError(
-                    f"config.json has no usable {key}",
-                    where=f"{where}: {key}",
-                    expected=f"an integer from {least} to {most:,}",
-                    found=_found(config, key),
-                )
-            return value
-
-        layers = number("num_hidden_layers", most=MAX_COUNT)
-        dims = cls(
-            hidden=number("hidden_size"),
-            vocab=number("vocab_size"),
-            layers=layers,
-            heads=number("num_attention_heads"),
-            head_dim=number("head_dim"),
-            q_lora=number("q_lora_rank"),
-            o_groups=number("o_groups"),
-            o_lora=number("o_lora_rank"),
-            experts=number("n_routed_experts", most=MAX_COUNT),
-            shared_experts=number("n_shared_experts", 1),
-            experts_per_token=number("num_experts_per_tok"),
-            moe_intermediate=number("moe_intermediate_size"),
-            hc_mult=number("hc_mult"),
-            index_heads=number("index_n_heads"),
-            index_head_dim=number("index_head_dim"),
-            hash_layers=min(number("num_hash_layers", 3, least=0), layers),
-            ratios=_ratios(config, layers, where),
-            mtp_layers=number("num_nextn_predict_layers", 0, least=0, most=MAX_COUNT),
-        )
-        if dims.heads * dims.head_dim % dims.o_groups:
-            raise SourceError(
-                "config.json has numbers that do not fit each other",
-                where=f"{where}: o_groups",
-                expected=f"a divisor of num_attention_heads * head_dim = {dims.heads * dims.head_dim:,}",
-                found=f"{dims.o_groups:,}",
-            )
-        if dims.experts_per_token > dims.experts:
-            raise SourceError(
-                "config.json has numbers that do not fit each other",
-                where=f"{where}: num_experts_per_tok",
-                expected=f"at most n_routed_experts = {dims.experts:,}",
-                found=f"{dims.experts_per_token:,}",
-            )
-        return dims
-
-
-_BY_TRANSFORMERS = ("layer_types", "compress_rates", "mlp_layer_types", "rope_parameters")
-"""Keys that transformers' DeepSeek-V4 config writes in place of the release's."""
-
-
-def _found(config: Mapping[str, Any], key: str) -> str:
-    return reprlib.repr(config[key]) if key in config else "no such key"
-
-
-def _ratios(config: Mapping[str, Any], layers: int, where: str | Path) -> tuple[int, ...]:
-    ratios = config.get("compress_ratios")
-    # 4.0 and False equal ratios, but are none.
-    if (
-        not isinstance(ratios, list)
-        or len(ratios) < layers
-        or any(type(ratio) is not int or ratio not in (SLIDING, CSA, HCA) for ratio in ratios)
-    ):
-        raise SourceError(
-            "config.json has no usable compress_ratios",
-            where=f"{where}: compress_ratios",
-            expected=f"a list of at least {layers} entries out of 0, 4 and 128",
-            found=_found(config, "compress_ratios"),
-        )
-    return tuple(ratios[:layers])
+    DRAFT_HEAD = "draft head"
 
 
 @dataclass(frozen=True)
@@ -221,6 +84,7 @@ class TensorSpec:
 
     @property
     def is_mtp(self) -> bool:
+        """Whether it is the draft's: every kind of draft lies under `mtp.`."""
         return self.block.startswith("mtp.")
 
     @property
@@ -326,12 +190,6 @@ def _head_rows(hf: str) -> tuple[_Row, ...]:
     )
 
 
-_DRAFT_INPUT: tuple[_Row, ...] = (
-    ("enorm.weight", "enorm.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden,)),
-    ("hnorm.weight", "hnorm.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden,)),
-    ("e_proj.weight", "e_proj.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden, d.hidden)),
-    ("h_proj.weight", "h_proj.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden, d.hidden)),
-)
 _EMBED: tuple[_Row, ...] = (
     ("embed.weight", "model.embed_tokens.weight", "BF16", Role.EMBEDDING, lambda d: (d.vocab, d.hidden)),
 )
@@ -340,8 +198,64 @@ _HEAD: tuple[_Row, ...] = (
     ("head.weight", "lm_head.weight", "BF16", Role.HEAD, lambda d: (d.vocab, d.hidden)),
 )
 
+
 HEAD_COPIES = {"emb.tok_emb.weight": "embed.weight", "head.weight": "head.weight"}
-"""Suffix under `mtp.N.` -> the main tensor of which older loaders want a copy there (contract, "MTP copies")."""
+"""Suffix under `mtp.N.` -> the main tensor of which a copy may lie there (contract, "MTP copies")."""
+
+
+@dataclass(frozen=True)
+class DraftTable:
+    """A kind of draft: its stages are sliding-window blocks with score routing, and these rows come before and after.
+
+    Sources: DeepSeek's `inference/model.py` of the releases (`MTPBlock`, the DSpark drafter), their headers.
+    """
+
+    label: str
+    """What people call it."""
+    marks: frozenset[str]
+    """First parts of names under `mtp.N.` that tell it from the others."""
+    before: tuple[_Row, ...]
+    after: tuple[_Row, ...]
+    only_at_the_ends: bool
+    """`before` belongs to the first stage and `after` to the last one; otherwise both to each."""
+    head_copies: bool
+    """Whether older loaders want `HEAD_COPIES`; with the other kinds those names break the consumer's loader."""
+
+
+DRAFTS: dict[str, DraftTable] = {
+    MTP: DraftTable(
+        label="MTP",
+        marks=frozenset({"enorm", "hnorm"}),
+        before=(
+            ("enorm.weight", "enorm.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden,)),
+            ("hnorm.weight", "hnorm.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden,)),
+            ("e_proj.weight", "e_proj.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden, d.hidden)),
+            ("h_proj.weight", "h_proj.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden, d.hidden)),
+        ),
+        after=_head_rows(""),
+        only_at_the_ends=False,
+        head_copies=True,
+    ),
+    DSPARK: DraftTable(
+        label="DSpark",
+        marks=frozenset({"main_proj", "main_norm", "markov_head", "confidence_head"}),
+        before=(
+            ("main_proj.weight", "main_proj.weight", "BF16", Role.DRAFT_INPUT,
+             lambda d: (d.hidden, d.draft.targets * d.hidden)),
+            ("main_norm.weight", "main_norm.weight", "BF16", Role.DRAFT_INPUT, lambda d: (d.hidden,)),
+        ),
+        after=(
+            *_head_rows(""),
+            *((f"markov_head.{w}.weight", f"markov_head.{w}.weight", "BF16", Role.DRAFT_HEAD,
+               lambda d: (d.vocab, d.draft.markov_rank)) for w in ("markov_w1", "markov_w2")),
+            ("confidence_head.proj.weight", "confidence_head.proj.weight", "BF16", Role.DRAFT_HEAD,
+             lambda d: (1, d.hidden + d.draft.markov_rank)),
+        ),
+        only_at_the_ends=True,
+        head_copies=False,
+    ),
+}  # fmt: skip
+"""The kinds of draft, by `Draft.kind`. Neither has compressor, indexer, hash table, embedding or head of its own."""
 
 
 def _specs(dims: Dims, rows: tuple[_Row, ...], block: str, name: str, hf: str) -> Iterator[TensorSpec]:
@@ -381,12 +295,21 @@ def layer_tensors(dims: Dims, layer: int) -> Iterator[TensorSpec]:
     )
 
 
-def mtp_tensors(dims: Dims, index: int) -> Iterator[TensorSpec]:
-    """Tensors of MTP layer `index`: a sliding-window block with score routing, its input, its own head's norm."""
-    block = f"mtp.{index}"
-    yield from _specs(dims, _DRAFT_INPUT, block, f"{block}.", f"{block}.")
+def draft_tensors(dims: Dims, stage: int) -> Iterator[TensorSpec]:
+    """Tensors of stage `stage` of the draft."""
+    block, table = f"mtp.{stage}", DRAFTS[dims.draft.kind]
+    if stage == 0 or not table.only_at_the_ends:
+        yield from _specs(dims, table.before, block, f"{block}.", f"{block}.")
     yield from _decoder_block(dims, block, block, SLIDING, hashed=False)
-    yield from _specs(dims, _head_rows(""), block, f"{block}.", f"{block}.")
+    if stage == dims.draft.stages - 1 or not table.only_at_the_ends:
+        yield from _specs(dims, table.after, block, f"{block}.", f"{block}.")
+
+
+def head_copies(dims: Dims) -> dict[str, str]:
+    """Names of the copies of the shared head that an artifact may have -> the main tensor that each copies."""
+    table = DRAFTS.get(dims.draft.kind)
+    stages = range(dims.draft.stages if table is not None and table.head_copies else 0)
+    return {f"mtp.{stage}.{suffix}": main for stage in stages for suffix, main in HEAD_COPIES.items()}
 
 
 def source_tensors(dims: Dims) -> list[TensorSpec]:
@@ -395,6 +318,6 @@ def source_tensors(dims: Dims) -> list[TensorSpec]:
     for layer in range(dims.layers):
         specs += layer_tensors(dims, layer)
     specs += _specs(dims, _HEAD, "head", "", "")
-    for index in range(dims.mtp_layers):
-        specs += mtp_tensors(dims, index)
+    for stage in range(dims.draft.stages):
+        specs += draft_tensors(dims, stage)
     return specs
