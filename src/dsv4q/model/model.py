@@ -30,7 +30,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from dsv4q.errors import SourceError
-from dsv4q.layout import CSA, HCA, MODEL_TYPE, MTP, SLIDING, Dims, Draft, Role, source_tensors
+from dsv4q.layout import CSA, HCA, MODEL_TYPE, MTP, SLIDING, Dims, Draft, Role, TensorSpec, source_tensors
 from dsv4q.model import upstream
 
 
@@ -101,14 +101,20 @@ class DeepseekV4ForCausalLMWithMTP(DeepseekV4ForCausalLM):
     Parameter and buffer names are `TensorSpec.hf_name` of `layout/tensors.py`. The forward of the main model is
     untouched. Build it with `build_meta_model`, or load it under `upstream_names()`: its own constructor allocates
     fused experts on the current device before it replaces them.
+
+    Attributes:
+        expert_modules: routed experts that a block has as modules. One stands for all where they are worked on as
+            stacks: 33,000 modules take llmcompressor most of a minute.
     """
 
-    def __init__(self, config: DeepseekV4Config) -> None:
+    def __init__(self, config: DeepseekV4Config, expert_modules: int | None = None) -> None:
         super().__init__(config)
         self.mtp = nn.ModuleList(_draft(config))
-        experts = upstream.linear_experts()
+        self.expert_modules = expert_modules or config.n_routed_experts
+        experts, few = upstream.linear_experts(), copy.deepcopy(config)
+        few.n_routed_experts = self.expert_modules
         for layer in (*self.model.layers, *self.mtp):
-            layer.mlp.experts = experts(config)
+            layer.mlp.experts = experts(few)
         self.post_init()
         upstream.load_every_tensor_in_its_dtype(self)
 
@@ -215,12 +221,15 @@ def upstream_names() -> Iterator[None]:
 # a model without memory, filled block by block
 
 
-def build_meta_model(config: Mapping[str, Any], name_or_path: str) -> DeepseekV4ForCausalLMWithMTP:
+def build_meta_model(
+    config: Mapping[str, Any], name_or_path: str, expert_modules: int | None = None
+) -> DeepseekV4ForCausalLMWithMTP:
     """The whole model on the meta device, in eval mode, with eager attention.
 
     Args:
         config: a parsed config.json; its `quantization_config` is left out, for the model computes in BF16.
         name_or_path: what llmcompressor will read config.json from (`oneshot` refuses a model without it).
+        expert_modules: routed experts of each block as modules; all if left out.
     """
     # A deep copy, for DeepseekV4Config writes into the nested mappings that it is given (rope_scaling).
     settings = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
@@ -229,13 +238,23 @@ def build_meta_model(config: Mapping[str, Any], name_or_path: str) -> DeepseekV4
     hf_config.dtype = torch.bfloat16
     hf_config._attn_implementation = "eager"
     with torch.device("meta"), upstream.default_dtype(torch.bfloat16):
-        model = DeepseekV4ForCausalLMWithMTP(hf_config)
+        model = DeepseekV4ForCausalLMWithMTP(hf_config, expert_modules)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and any(part in name for part in upstream.F32_TENSORS):
             set_tensor(model, name, tensor.to(torch.float32))
     model.requires_grad_(False)
     model.config._name_or_path = name_or_path
     return model.eval()
+
+
+def linear_of(model: DeepseekV4ForCausalLMWithMTP, spec: TensorSpec) -> nn.Linear:
+    """The linear with this weight, or the one that stands for it."""
+    name = spec.hf_name.removesuffix(".weight")
+    if spec.expert is not None:
+        name = name.replace(f".experts.{spec.expert}.", f".experts.{spec.expert % model.expert_modules}.")
+    found = model.get_submodule(name)
+    assert isinstance(found, nn.Linear), spec.hf_name
+    return found
 
 
 def set_tensor(model: nn.Module, hf_name: str, tensor: torch.Tensor) -> None:

@@ -50,6 +50,8 @@ class Plan(ShardPlan):
     """The config.json to write."""
     draft: str
     """Kind of draft that the source has: none, mtp, dspark, unknown."""
+    experts_in_stacks: bool
+    """Whether the routed experts of a block are encoded in one way that takes them all at once."""
     experts_packed: bool
     """Whether routed experts that are computed with may stay on the device as they lie in the files until then."""
     draft_form: DraftForm
@@ -151,7 +153,8 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     problems += checkpoint.holes.problems
     shards = balanced_shards(tensors, config.output.shards)
     files = SourceFiles.of(checkpoint, specs)
-    packed = _experts_packed(checkpoint, specs, config, group_of)
+    in_stacks = _experts_in_stacks(specs, config, group_of)
+    packed = in_stacks and _experts_packed(checkpoint, specs, group_of)
     needs = estimate(specs, shards, config, dims, lambda name: files.entries[name][1] if packed else 0)
     carried, odd_keys = carried_config(checkpoint.config, checkpoint.config_file)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
@@ -167,6 +170,7 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
         group_of=group_of,
         artifact_config=_artifact_config(carried, config, dims, group_of, form),
         draft=draft_kind(names),
+        experts_in_stacks=in_stacks,
         experts_packed=packed,
         draft_form=form,
         estimate=needs,
@@ -176,17 +180,28 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     )
 
 
-def _experts_packed(
-    checkpoint: Checkpoint, specs: Sequence[TensorSpec], config: Config, group_of: Mapping[str, str]
-) -> bool:
-    """See `Plan.experts_packed`: all are stored in one form, and encoded in one way that takes them all at once."""
-    experts = [s for s in specs if s.expert is not None and (not s.is_mtp or s.module in group_of)]
-    groups = {group_of.get(spec.module) for spec in experts}
-    stacked = all(group is not None and config.groups[group].in_stacks for group in groups) and len(groups) == 1
+def _experts_in_stacks(specs: Sequence[TensorSpec], config: Config, group_of: Mapping[str, str]) -> bool:
+    """See `Plan.experts_in_stacks`."""
+    groups: dict[bool, set[str | None]] = {True: set(), False: set()}
+    for spec in specs:
+        if spec.expert is not None:
+            groups[spec.is_mtp].add(group_of.get(spec.module))
+    if groups[True] == {None}:
+        groups[True].clear()
+    return all(
+        len(some) == 1 and all(group is not None and config.groups[group].in_stacks for group in some)
+        for some in groups.values()
+        if some
+    )
+
+
+def _experts_packed(checkpoint: Checkpoint, specs: Sequence[TensorSpec], group_of: Mapping[str, str]) -> bool:
+    """Whether all routed experts that are encoded are stored in one form."""
     by_projection: dict[str, list[str]] = defaultdict(list)
-    for spec in experts:
-        by_projection[spec.module.rpartition(".")[2]].append(spec.name)
-    return stacked and all(packed_alike(checkpoint, names) is not None for names in by_projection.values())
+    for spec in specs:
+        if spec.expert is not None and (not spec.is_mtp or spec.module in group_of):
+            by_projection[spec.module.rpartition(".")[2]].append(spec.name)
+    return all(packed_alike(checkpoint, names) is not None for names in by_projection.values())
 
 
 def _unread_by_the_consumer(config: Config) -> Iterator[RecipeError]:

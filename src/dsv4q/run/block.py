@@ -163,7 +163,9 @@ class BlockWorker:
         """The linears of a block to be encoded; found once, of the next block while the device computes."""
         if block not in self._linears:
             linears = planned_linears(self.model, self.plan.block_tensors(block))
-            self._linears[block] = BlockLinears(linears, StackLayout.of(linears))
+            stacks = StackLayout.of(linears) if self.plan.experts_in_stacks else None
+            assert stacks is not None or not self.plan.experts_in_stacks or not any(one.spec.expert for one in linears)
+            self._linears[block] = BlockLinears(linears, stacks)
         return self._linears[block]
 
     def _check_finite(self, block: LoadedBlock) -> None:

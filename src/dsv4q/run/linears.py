@@ -17,6 +17,7 @@ from dsv4q.checkpoint.shards import PlannedTensor
 from dsv4q.config import Activations
 from dsv4q.errors import CalibrationError
 from dsv4q.layout import TensorSpec
+from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, linear_of
 from dsv4q.model.upstream import scheme_of
 from dsv4q.recipe.schemes import NVFP4
 from dsv4q.run.observers import ExactNvfp4Observer
@@ -36,6 +37,7 @@ class PlannedLinear:
 
     spec: TensorSpec
     module: torch.nn.Linear
+    """Of routed experts that are worked on as stacks, one that stands for all of its block."""
     planned: tuple[PlannedTensor, ...]
     """What the artifact stores of it."""
 
@@ -143,19 +145,13 @@ class Linears(Protocol):
         """Encode those whose weights are named in `mine`, some at a time."""
 
 
-def planned_linears(model: torch.nn.Module, tensors: Iterable[PlannedTensor]) -> tuple[PlannedLinear, ...]:
+def planned_linears(model: DeepseekV4ForCausalLMWithMTP, tensors: Iterable[PlannedTensor]) -> tuple[PlannedLinear, ...]:
     """The linears to be encoded among the planned tensors of a block."""
     planned: dict[TensorSpec, list[PlannedTensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.encoded:
             planned[tensor.spec].append(tensor)
-    return tuple(PlannedLinear(spec, _linear(model, spec), tuple(found)) for spec, found in planned.items())
-
-
-def _linear(model: torch.nn.Module, spec: TensorSpec) -> torch.nn.Linear:
-    module = model.get_submodule(spec.hf_name.removesuffix(".weight"))
-    assert isinstance(module, torch.nn.Linear), spec.hf_name
-    return module
+    return tuple(PlannedLinear(spec, linear_of(model, spec), tuple(found)) for spec, found in planned.items())
 
 
 def check_scales(linears: Sequence[PlannedLinear], stored: Mapping[str, torch.Tensor]) -> None:

@@ -80,7 +80,7 @@ def run_oneshot(plan: Plan, folder: Path, make_loop: Callable[[DeepseekV4ForCaus
     # tokenizers' threads and llmcompressor's dataset workers do not mix; it sets this itself, with a warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with quiet_libraries():
-        model = build_meta_model(settings, str(home))
+        model = build_meta_model(settings, str(home), 1 if plan.experts_in_stacks else None)
         loop = make_loop(model)
         rebuild_rotary(model, loop.device)
         model.block_loop = loop
