@@ -114,3 +114,21 @@ def test_the_gpu_decodes_mxfp4_into_place_as_the_cpu_does() -> None:
     decode_into(codes, scales, here)
     decode_into(codes.cuda(), scales.cuda(), there)
     assert torch.equal(there.cpu().view(torch.int16), here.view(torch.int16))
+
+
+@gpu
+def test_a_run_compiles_nothing_more_once_the_kernels_are_warm() -> None:
+    kernels.warm_up(torch.device("cuda"))
+    ours = kernels._triton()
+    assert ours is not None
+    every = [ours._decode, ours._grid, ours._encode, ours._swiglu]
+    before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in every]
+    weight = torch.randn((2, 2048, 4096), device="cuda").to(torch.bfloat16)
+    exact = nvfp4_scales(weight[:, None])
+    kernels.nvfp4_encode_measured(
+        weight, exact.block_scale[:, 0], exact.global_scale.flatten(), keep_negative_zero=True
+    )
+    decode_into(torch.zeros((2, 2048, 2048), dtype=torch.uint8, device="cuda"),
+                torch.zeros((2, 2048, 128), dtype=torch.uint8, device="cuda"), weight)  # fmt: skip
+    kernels.swiglu(weight[0], weight[1], 10.0, torch.zeros(2, device="cuda"))
+    assert [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in every] == before

@@ -129,3 +129,22 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor) -> Tensor:
     hidden = torch.nn.functional.silu(gate.clamp_(max=limit), inplace=True).mul_(up.clamp_(min=-limit, max=limit))
     ends.copy_(torch.stack(torch.aminmax(hidden)))
     return hidden
+
+
+def warm_up(device: torch.device) -> None:
+    """Have the kernels compiled before a run wants them: a second or two, while it reads its first block.
+
+    Triton compiles for kinds of arguments: here as in a run all sizes are multiples of 16, and all pointers aligned.
+    """
+    weight = torch.ones((16, 256, 256), dtype=torch.bfloat16, device=device)
+    if _for(weight) is None:
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        packed, scale = (torch.zeros((16, 256, n), dtype=torch.uint8, device=device) for n in (128, 8))
+        mxfp4_decode(packed, scale, torch.empty_like(weight))
+        nvfp4_grid_bits(weight)
+        scales, one = torch.ones((16, 256, 16), device=device), torch.ones(16, device=device)
+        for keep in (True, False):
+            nvfp4_encode_measured(weight, scales, one, keep_negative_zero=keep)
+        swiglu(weight[0], weight[1], 10.0, torch.zeros(2, device=device))
+        torch.cuda.current_stream(device).synchronize()

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -22,10 +23,12 @@ import torch
 import yaml
 
 from dsv4q.checkpoint.journal import Journal
+from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, block_digest
 from dsv4q.data.tokens import CalibrationData
 from dsv4q.errors import DeviceError
+from dsv4q.formats.kernels import warm_up
 from dsv4q.host import memory_now
 from dsv4q.model.upstream import quiet_libraries
 from dsv4q.plan.needs import GpuUse
@@ -150,7 +153,8 @@ class BlockLoop:
             RankError: another rank is gone, or observers need to see all batches in order.
         """
         tasks = [*self._again(), *self._todo()]
-        with Handover(self.writer, self.device) as handover:
+        with Handover(self.writer, self.device) as handover, Behind(1, 1) as ahead:
+            ahead.put(partial(warm_up, self.device))
             worker = self._worker(handover, frozenset(task.name for task in tasks if task.encode))
             loader = self._loader(worker)
             with loader.blocks(tasks, self.check_stop) as blocks:
