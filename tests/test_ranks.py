@@ -178,6 +178,7 @@ def test_no_thread_of_a_group_outlives_the_ranks(tmp_path: Path) -> None:
 
 SYNCS = """
 import json, os
+from pathlib import Path
 from dsv4q.console import Console, Mode
 from dsv4q.run.ranks import ranks
 with ranks("cpu", Console(Mode.QUIET)) as here:
@@ -185,7 +186,7 @@ with ranks("cpu", Console(Mode.QUIET)) as here:
     found = [here.files_to_sync(mine)]
     os.environ["GROUP_RANK"] = str(min(here.share.rank, 1))
     found.append(here.files_to_sync(mine))
-    print(json.dumps([here.share.rank, mine, found]))
+    Path(f"said.{here.share.rank}").write_text(json.dumps([mine, found]))
 """
 
 
@@ -193,12 +194,14 @@ def test_of_each_machine_one_rank_that_wrote_a_file_syncs_it(tmp_path: Path) -> 
     (tmp_path / "script.py").write_text(SYNCS)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*start, tmp_path / "script.py"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*start, tmp_path / "script.py"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    said = sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-    assert all(set(found[0]) <= set(mine) for _, mine, found in said)
-    assert sorted(file for _, _, found in said for file in found[0]) == ["a", "b", "c", "d"]
-    assert [found[1] for _, _, found in said] == [["a", "b", "c"], ["b", "c", "d"], []]
+    said = [json.loads((tmp_path / f"said.{rank}").read_text()) for rank in range(3)]
+    assert all(set(found[0]) <= set(mine) for mine, found in said)
+    assert sorted(file for _, found in said for file in found[0]) == ["a", "b", "c", "d"]
+    assert [found[1] for _, found in said] == [["a", "b", "c"], ["b", "c", "d"], []]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 300])
