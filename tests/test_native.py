@@ -416,7 +416,7 @@ def loaded_experts(source: Checkpoint, step: int) -> tuple[ExpertMemory, list[Te
     make = memory_maker(source, dims, [s.name for s in specs], torch.device("cpu"), packed=True, step=step)
     memory = make()
     for spec in specs:
-        memory.place(spec, source.stored(spec.name), lambda: False)
+        memory.place([spec], source.stored_together([spec.name]), lambda: False)
     memory.keep()
     memory.begin()
     return memory, specs
@@ -450,14 +450,14 @@ def test_the_next_blocks_experts_wait_until_their_places_are_free(twins: tuple[P
         memory, specs = loaded_experts(source, 1)
         first, last = (next(s for s in specs if place_of(s)[:2] == ("down", e)) for e in (0, memory.experts - 1))
         before = memory.weights("down", slice(0, 1)).clone()
-        changed = [part.view(torch.uint8) ^ 1 for part in source.stored(first.name)]
-        waiting = loading.submit(memory.place, first, changed, lambda: False)
+        changed = [part.view(torch.uint8) ^ 1 for part in source.stored_together([first.name])]
+        waiting = loading.submit(memory.place, [first], changed, lambda: False)
         assert not wait([waiting], timeout=0.3).done
         assert torch.equal(memory.weights("down", slice(0, 1)), before)
         memory.release("down", 1)
         waiting.result(timeout=10)
         with pytest.raises(Stopped):
-            memory.place(last, source.stored(last.name), lambda: True)
+            memory.place([last], source.stored_together([last.name]), lambda: True)
 
 
 def test_a_block_that_is_done_gives_nothing_of_the_next_one_away(twins: tuple[Path, Path]) -> None:
@@ -466,11 +466,11 @@ def test_a_block_that_is_done_gives_nothing_of_the_next_one_away(twins: tuple[Pa
         for stack, part in (("gate_up", slice(0, 2)), ("down", slice(0, 2))):
             memory.weights(stack, part)  # all are decoded, so the next block may come in
         for spec in specs:
-            memory.place(spec, source.stored(spec.name), lambda: False)
+            memory.place([spec], source.stored_together([spec.name]), lambda: False)
         memory.keep()
         memory.release_all()
         with pytest.raises(Stopped):
-            memory.place(specs[0], source.stored(specs[0].name), lambda: True)
+            memory.place(specs[:1], source.stored_together([specs[0].name]), lambda: True)
 
 
 @pytest.mark.parametrize("config", ["toy", "nvfp4-fp8-mtp-minmax"])

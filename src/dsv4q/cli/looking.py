@@ -41,9 +41,7 @@ def verify_shards(
         result = judge(artifact, source=source, deep=deep, progress=progress, device=device)
     pin = None if source is None else pin_of(scan(source))
     console.data(result.as_dict() | ({} if pin is None else {"source_pin": pin.as_dict()}))
-    show_verification(result, console)
-    if pin is not None:
-        console.print(f"against {pin.text()}")
+    show_verification(result, console, pin)
     if not result.ok:
         raise typer.Exit(3)
     console.talk(f"verified in {human_seconds(result.seconds)}")

@@ -150,15 +150,36 @@ def doubtful(weight: Tensor, scale: Tensor, largest: float = math.inf) -> Tensor
     """
     is_fp8 = weight.dtype == torch.float8_e4m3fn
     codes, (low, high) = _codes(scale), _SAFE_FP8 if is_fp8 else _SAFE_MXFP4
-    if math.isfinite(largest):  # E4M3 stays below 2^9, E2M1 below 2^3
-        high = min(high, E8M0_BIAS + math.floor(math.log2(largest)) - (9 if is_fp8 else 3))
     bad = ((codes < low) | (codes > high)).flatten(1).any(dim=1)
+    if math.isfinite(largest):  # E4M3 stays below 2^9, E2M1 below 2^3
+        loud = codes > E8M0_BIAS + math.floor(math.log2(largest)) - (9 if is_fp8 else 3)
+        bad |= loud.flatten(1).any(dim=1) if is_fp8 else _any_loud(weight, loud)
     if scale.dtype == torch.float32:
         bad |= _is_no_power_of_two(scale).flatten(1).any(dim=1)
     if is_fp8:
         bad |= torch.stack([_is_nan(one).any() for one in weight])
     first_row = weight[:, 0].contiguous().view(torch.uint8)
     return bad | ((first_row & (0x7F if is_fp8 else 0x77)) == 0).all(dim=1)
+
+
+def _any_loud(packed: Tensor, loud: Tensor) -> Tensor:
+    """Which of T weights have a value other than zero in one of the `loud` groups: a group of zeros may have any scale.
+
+    Args:
+        packed: U8 or I8 [T, M, N/2].
+        loud: BOOL [T, M, ceil(N/32)].
+    """
+    found = loud.flatten(1).any(dim=1)
+    if packed.shape[-1] * 2 % MXFP4_GROUP:
+        return found
+    step = max(1, _TOGETHER[packed.device.type] // packed[0].numel())
+    for start in range(0, len(packed), step):
+        some = slice(start, start + step)
+        if packed.is_cuda or bool(found[some].any()):  # to ask a GPU would be to wait for it
+            values = packed[some].view(torch.uint8) & 0x77
+            there = values.unflatten(-1, (-1, MXFP4_GROUP // 2)).amax(dim=-1) > 0
+            found[some] = (there & loud[some]).flatten(1).any(dim=1)
+    return found
 
 
 def _check(scale: Tensor, shape: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ from dsv4q.plan.needs import CUDA_BYTES, GpuUse
 from dsv4q.plan.plan import Plan
 
 if TYPE_CHECKING:
+    from dsv4q.checkpoint.pin import Pin
     from dsv4q.verify.judge import VerifyResult
 
 _DRAFTS = {
@@ -180,8 +181,8 @@ def verifying(console: Console, artifact: Path, *, reads: bool) -> Iterator[Call
         yield progress
 
 
-def show_verification(result: VerifyResult, console: Console) -> None:
-    """What was examined, every difference up to `SHOWN`, and the verdict."""
+def show_verification(result: VerifyResult, console: Console, pin: Pin | None = None) -> None:
+    """What was examined, every difference up to `SHOWN`, and the verdict; with `pin` which source it was held against."""
     console.table("Checks", ["check", "examined"], [[name, f"{n:,}"] for name, n in result.checks.items()])
     for role, errors in result.errors.items():
         console.print(f"{role}: {exactness(errors)}{_inexactness(errors)}")
@@ -196,6 +197,7 @@ def show_verification(result: VerifyResult, console: Console) -> None:
     console.print(
         f"{result.artifact}: {kind}{result.tensors:,} tensors, {result.mtp_tensors} of them mtp.*, "
         f"in {result.shards} shards, {human_bytes(result.bytes)}: {verdict}{_speed(result)}"
+        + ("" if pin is None else f"; against {pin.text()}")
     )
 
 

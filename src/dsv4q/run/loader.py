@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from dsv4q.checkpoint.native import entries_of
 from dsv4q.checkpoint.pipes import Stopped, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
@@ -24,6 +25,13 @@ from dsv4q.run.values import are_usual, check_values
 
 READ_THREADS = 8
 """A GPU needs its bytes faster than one thread copies them out of the page cache (2.2 s a block; 0.41 s with 8)."""
+
+TOGETHER = 128 << 20
+"""Bytes of experts' weights that are read and copied in one piece. One by one they would keep Python so busy that the
+thread that starts the device's work waits for it: a forward of 0.7 s took 1.8 beside the reading of the next block."""
+
+Piece = tuple[TensorWork, ...]
+"""What is read together: one tensor, or one projection of consecutive experts that are stored alike."""
 
 Put = Callable[[str, Sequence[tuple[str, memoryview]]], None]
 """Takes a block and tensors of it to be written as they are: output name and bytes."""
@@ -134,7 +142,7 @@ class Loader:
             WeightError: NaN or Inf in a tensor that stays on the host.
             SourceError: the source cannot be read.
         """
-        reads = [work for task in wanted for work in task.work if task.reads(work)]
+        reads = [piece for task in wanted for piece in self._pieces(task)]
         on_gpu = self.device.type == "cuda"
         threads, stream = READ_THREADS if on_gpu else 1, torch.cuda.Stream(self.device) if on_gpu else None
         with (
@@ -159,9 +167,35 @@ class Loader:
         if block.memory is not None:
             block.memory.release_all()
 
-    def _read(self, work: TensorWork) -> tuple[torch.Tensor, ...]:
-        """One tensor on the host; as it lies in the files if it is computed with and its BF16 bytes are not written."""
-        spec, on_gpu = work.spec, self.device.type == "cuda"
+    def _pieces(self, task: BlockTask) -> list[Piece]:
+        """What is read for a block, experts in their order."""
+        found: list[Piece] = []
+        runs: dict[str, list[TensorWork]] = {}
+        """Projection -> experts that wait for more of their kind."""
+        for work in filter(task.reads, task.work):
+            if not _is_experts(work):
+                found.append((work,))
+                continue
+            run = runs.setdefault(work.spec.module.rpartition(".")[2], [])
+            if run and not (self._follows(run[-1], work) and (len(run) + 1) * work.source_bytes <= TOGETHER):
+                found.append(tuple(run))
+                run.clear()
+            run.append(work)
+        return [*found, *(tuple(run) for run in runs.values())]
+
+    def _follows(self, before: TensorWork, work: TensorWork) -> bool:
+        """Whether a weight is that of the next expert, and stored as the one before is."""
+        one, other = (entries_of(self.source, w.spec.name) for w in (before, work))
+        alike = [(e.dtype, e.shape) for e in one] == [(e.dtype, e.shape) for e in other]
+        return alike and work.spec.expert == (before.spec.expert or 0) + 1
+
+    def _read(self, piece: Piece) -> tuple[torch.Tensor, ...]:
+        """A piece on the host; as it lies in the files if it is computed with and its BF16 bytes are not written."""
+        on_gpu = self.device.type == "cuda"
+        if _is_experts(piece[0]):
+            return self.source.stored_together([work.spec.name for work in piece], pinned=on_gpu)
+        (work,) = piece
+        spec = work.spec
         if work.computed and not work.kept:
             return self.source.stored(spec.name, pinned=on_gpu)
         if work.computed and on_gpu:
@@ -176,38 +210,47 @@ class Loader:
         self.source.read_into(spec.name, tensor.reshape(-1).view(torch.uint8).numpy().data)
         return (tensor,)
 
-    def _host_bytes(self, work: TensorWork) -> int:
-        """What `_read` holds of one tensor."""
-        return work.source_bytes if work.computed and not work.kept else work.spec.nbytes
+    def _host_bytes(self, piece: Piece) -> int:
+        """What `_read` holds of a piece."""
+        return sum(w.source_bytes if w.computed and not w.kept else w.spec.nbytes for w in piece)
 
     def _load(
         self,
-        loaded: Iterator[tuple[TensorWork, tuple[torch.Tensor, ...]]],
+        loaded: Iterator[tuple[Piece, tuple[torch.Tensor, ...]]],
         stream: torch.cuda.Stream | None,
         task: BlockTask,
     ) -> LoadedBlock:
         block = LoadedBlock(task, self.source)
         with torch.cuda.stream(stream):
-            for work in task.work:
+            for piece in self._pieces(task):
                 if self._stop.is_set():
                     raise Stopped
-                parts: tuple[torch.Tensor, ...] = ()
-                if task.reads(work):
-                    found, parts = next(loaded)
-                    assert found is work, f"{work.spec.name} is wanted, {found.spec.name} comes"
-                    block.read_bytes += work.source_bytes
+                found, parts = next(loaded)
+                assert found == piece, f"{piece[0].spec.name} is wanted, {found[0].spec.name} comes"
+                block.read_bytes += sum(work.source_bytes for work in piece)
+                if _is_experts(piece[0]):
+                    self._place_experts(block, [work.spec for work in piece], parts)
+                    continue
+                (work,) = piece
                 self._keep(block, work, parts)
                 if work.computed:
                     self._place(block, work.spec, parts)
-                else:
-                    self.advance(task.name, work.spec.nbytes)
-            read = [w.spec for w in task.work if w.computed and w.spec.expert is not None and task.reads(w)]
-            if block.memory is not None and read:
-                block.checked.append((read, block.memory.fine(read)))
+            self._done_without(task)
+            experts = [work for work in task.work if work.computed and work.spec.role == Role.ROUTED_EXPERT]
+            block.experts = [work.spec for work in experts]
+            read = [work.spec for work in experts if task.reads(work)]
             if block.memory is not None:
+                if read:
+                    block.checked.append((read, block.memory.fine(read)))
                 block.memory.keep()
             block.ready = stream.record_event() if stream is not None else None
         return block
+
+    def _done_without(self, task: BlockTask) -> None:
+        """Tell of the bytes that no computation wants."""
+        rest = sum(work.spec.nbytes for work in task.work if not work.computed)
+        if rest:
+            self.advance(task.name, rest)
 
     def _keep(self, block: LoadedBlock, work: TensorWork, parts: tuple[torch.Tensor, ...]) -> None:
         """Have a tensor written as it is, if this rank does that."""
@@ -218,29 +261,46 @@ class Loader:
             block.written_bytes += len(names) * work.spec.nbytes
 
     def _place(self, block: LoadedBlock, spec: TensorSpec, parts: tuple[torch.Tensor, ...]) -> None:
-        """One tensor to where it is wanted on the device; the first expert takes memory for all of them.
+        """One tensor to where it is wanted on the device.
 
         Raises:
-            WeightError: what is packed stands for no number; of experts `fine` tells later.
+            WeightError: what is packed stands for no number.
         """
-        if spec.role == Role.ROUTED_EXPERT:
-            if block.memory is None:
-                if len(self._made) < self.memories:
-                    self._made.appendleft(self.memory())
-                block.memory = self._made[0]
-                self._made.rotate(-1)
-            block.experts.append(spec)
-            if parts:
-                packed = len(parts) > 1 and not block.memory.packed
-                block.memory.place(spec, [self._decoded(spec, parts)] if packed else parts, self._stop.is_set)
+        if spec.role == Role.ROUTED_EXPERT:  # one that is written as BF16 besides
+            self._place_experts(block, [spec], tuple(part[None] for part in parts))
             return
         block.tensors[spec] = there = self._decoded(spec, parts)
         if there.is_floating_point():
             block.checked.append(([spec], are_usual(_ends(there))))
 
+    def _place_experts(self, block: LoadedBlock, specs: list[TensorSpec], parts: tuple[torch.Tensor, ...]) -> None:
+        """Weights [n, ...] of one projection of experts; the first takes memory for all.
+
+        Raises:
+            WeightError: what is packed, and has to be decoded for that memory, stands for no number.
+        """
+        memory = self._memory_of(block)
+        if len(parts) > 1 and not memory.packed:
+            moved = [part.to(self.device, non_blocking=True) for part in parts]
+            parts = (self.source.decoded_together([spec.name for spec in specs], moved),)
+        memory.place(specs, parts, self._stop.is_set)
+
+    def _memory_of(self, block: LoadedBlock) -> ExpertMemory:
+        if block.memory is None:
+            if len(self._made) < self.memories:
+                self._made.appendleft(self.memory())
+            block.memory = self._made[0]
+            self._made.rotate(-1)
+        return block.memory
+
     def _decoded(self, spec: TensorSpec, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         moved = [part.to(self.device, non_blocking=True) for part in parts]
         return self.source.decoded(spec.name, moved) if len(moved) > 1 else moved[0]
+
+
+def _is_experts(work: TensorWork) -> bool:
+    """Whether it is an expert's weight that goes to the device with others, as it lies in the files."""
+    return work.computed and not work.kept and work.spec.role == Role.ROUTED_EXPERT
 
 
 def _ends(tensor: torch.Tensor) -> torch.Tensor:

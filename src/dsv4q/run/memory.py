@@ -72,25 +72,27 @@ class ExpertMemory(ABC):
 
     # ---------------------------------------------------------------------------------------- by the thread that loads
 
-    def place(self, spec: TensorSpec, stored: Sequence[Tensor], is_stopped: Callable[[], bool]) -> None:
-        """Put one weight here, from the host or the device, on the current stream; waits until its place is free.
+    def place(self, specs: Sequence[TensorSpec], stored: Sequence[Tensor], is_stopped: Callable[[], bool]) -> None:
+        """Put weights here, from the host or the device, on the current stream; waits until their places are free.
 
         Args:
-            stored: itself, or where experts stay packed a packed weight and its scale.
-            is_stopped: whether nobody wants it any more.
+            specs: one projection of consecutive experts.
+            stored: [n, ...], themselves, or where experts stay packed packed weights and their scales.
+            is_stopped: whether nobody wants them any more.
 
         Raises:
             Stopped: nobody does.
         """
-        stack, expert, _ = place_of(spec)
+        stack, first, projection = place_of(specs[0])
+        end = first + len(specs)
         with self._change:
-            while not self._change.wait_for(lambda: self._free[stack] > expert, timeout=_POLL):
+            while not self._change.wait_for(lambda: self._free[stack] >= end, timeout=_POLL):
                 if is_stopped():
                     raise Stopped
             if self._freed is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._freed)
-        for there, part in zip(self._places(spec), stored, strict=True):
-            there.copy_(part.view(there.dtype), non_blocking=True)
+        for there, part in zip(self._parts(stack), stored, strict=True):
+            there[first:end, projection].copy_(part.view(there.dtype), non_blocking=True)
 
     def keep(self) -> None:
         """All of a block is here; nothing of it may be overwritten until it is released."""
@@ -102,8 +104,8 @@ class ExpertMemory(ABC):
         """Which of the placed weights need no closer look, see `check_values`; Bool [len(specs)] on the device."""
 
     @abstractmethod
-    def _places(self, spec: TensorSpec) -> list[Tensor]:
-        """Where one weight lies: itself, or a packed weight and its scale."""
+    def _parts(self, stack: str) -> list[Tensor]:
+        """What lies here of a stack: [E, P, ...] of the weights, or of packed weights and their scales."""
 
     # ---------------------------------------------------------------------------------------- by the thread that works
 
@@ -158,9 +160,8 @@ class WideExperts(ExpertMemory):
         super().__init__(len(weight), len(weight), weight.device)
         self._stacks = stacks
 
-    def _places(self, spec: TensorSpec) -> list[Tensor]:
-        stack, expert, projection = place_of(spec)
-        return [self._stacks[stack][expert, projection]]
+    def _parts(self, stack: str) -> list[Tensor]:
+        return [self._stacks[stack]]
 
     def weights(self, stack: str, experts: slice) -> Tensor:
         return self._stacks[stack][experts]
@@ -219,9 +220,8 @@ class PackedExperts(ExpertMemory):
         self._window.forget(self)
         super().begin()
 
-    def _places(self, spec: TensorSpec) -> list[Tensor]:
-        stack, expert, projection = place_of(spec)
-        return [part[expert, projection] for part in self._stored[stack]]
+    def _parts(self, stack: str) -> list[Tensor]:
+        return self._stored[stack]
 
     def weights(self, stack: str, experts: slice) -> Tensor:
         wanted = slice(0, self.experts) if self.step == self.experts else experts
