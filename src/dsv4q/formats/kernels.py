@@ -1,4 +1,4 @@
-"""Where a GPU kernel of ours pays: each function here has an eager twin with the same bits, which runs elsewhere."""
+"""Where a kernel of ours pays, on a GPU or a CPU: each has an eager twin with the same bits, which runs elsewhere."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def _triton() -> ModuleType | None:
     from dsv4q.formats import triton_kernels
 
     return triton_kernels
+
+
+@cache
+def cpu_kernels() -> ModuleType | None:
+    """Our Numba kernels, where Numba is installed (`pip install dsv4q[cpu]`); None: eager code has to do."""
+    if importlib.util.find_spec("numba") is None or os.environ.get("DSV4Q_EAGER"):
+        return None
+    from dsv4q.formats import cpu_kernels as kernels
+
+    return kernels
 
 
 def _for(*tensors: Tensor) -> ModuleType | None:
