@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dsv4q.formats import convert, kernels, native
 from dsv4q.formats.convert import Nvfp4, mxfp4_to_nvfp4
+from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode
+from dsv4q.formats.kernels import fp8_block_encode_measured
 from dsv4q.verify import packed as judge
 from dsv4q.verify.packed import equal_fp8, equal_mxfp4
 
@@ -22,7 +24,7 @@ from dsv4q.verify.packed import equal_fp8, equal_mxfp4
 def eager() -> Iterator[None]:
     """As where Numba is not installed."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (convert, native, judge):
+        for module in (convert, kernels, native, judge):
             patch.setattr(module, "cpu_kernels", lambda: None)
         yield
 
@@ -127,9 +129,36 @@ def test_threads_decode_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat([out.view(torch.int16).flatten(), other.view(torch.int16).flatten()])
 
     whole = both(bits)
-    monkeypatch.setattr(native, "_COMPILED", 1000)
+    monkeypatch.setattr(kernels, "_ELEMENTS", 1000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(bits(), whole)
+
+
+# ------------------------------------------------------------------------------------------------ FP8
+
+
+@pytest.mark.parametrize("exponent", [-126, -100, -9, 0, 7, 100, 127])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_number_of_bf16_is_encoded_as_by_the_eager_twin(exponent: int, dtype: torch.dtype) -> None:
+    """Those on the grid, which the kernel takes, and all, of which it takes none."""
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(256, 256)
+    values = values.masked_fill(~values.isfinite(), 0.0)
+    scale = torch.full((2, 2), 2.0**exponent, dtype=dtype)
+    stored = fp8_block_decode(fp8_block_encode(values, scale), scale)
+    on_grid = values.masked_fill(stored != values.to(torch.float32), -0.0)
+    both(lambda: torch.cat([part.view(torch.uint8).flatten() for part in fp8_block_encode_measured(on_grid, scale)]))
+    both(lambda: torch.cat([part.view(torch.uint8).flatten() for part in fp8_block_encode_measured(values, scale)]))
+
+
+def test_a_weight_on_the_grid_is_encoded_by_the_kernel_also_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    codes_ = codes(rng, (700, 200), 0, 0x7E)
+    scale = torch.exp2(torch.from_numpy(rng.integers(-20, 20, (6, 2)))).to(torch.bfloat16)
+    weight = fp8_block_decode(codes_.view(torch.float8_e4m3fn), scale).to(torch.bfloat16)
+    monkeypatch.setattr(kernels, "_ELEMENTS", 1000)
+    monkeypatch.setattr(kernels, "fp8_block_encode", lambda *_: pytest.fail("rounded"))
+    found, sums = fp8_block_encode_measured(weight, scale)
+    assert torch.equal(found.view(torch.uint8), codes_) and sums[0] == 1
 
 
 # ------------------------------------------------------------------------------------------------ the judge

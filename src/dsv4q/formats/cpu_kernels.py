@@ -182,6 +182,34 @@ def equal_blocks(mine, yours, shift, doubled):  # type: ignore[no-untyped-def]
 
 
 @_kernel
+def fp8_encode(bits, exponents, codes, to):  # type: ignore[no-untyped-def]
+    """BF16 as E4M3 under 128x128 blocks of powers of two; false if that rounds an element.
+
+    Args:
+        bits: U16 [M, N].
+        exponents: I64 [ceil(M/128), ceil(N/128)].
+        codes: I16 [65536], the E4M3 code of BF16's bits, -1 where there is none.
+        to: U8 [M, N], receives the codes.
+    """
+    for row in range(bits.shape[0]):
+        wrong = False
+        for block in range(exponents.shape[1]):
+            down = exponents[row >> 7, block] << 7
+            for column in range(block << 7, min((block + 1) << 7, bits.shape[1])):
+                value = np.int64(bits[row, column])
+                size = value & 0x7FFF
+                moved = size - down
+                # A normal number stays one, or leaves E4M3's range anyway.
+                inside = (size >= 0x80) & (moved >= 0x80) & (moved < 0x7F80)
+                code = np.int64(codes[moved if inside else 0]) if size else 0
+                wrong |= (not inside and size != 0) | (code < 0)
+                to[row, column] = (code & 0x7F) | (value >> 8 & 0x80)
+        if wrong:
+            return False
+    return True
+
+
+@_kernel
 def mxfp4_decode(packed, codes, values, out):  # type: ignore[no-untyped-def]
     """MXFP4 as BF16.
 

@@ -15,7 +15,6 @@ prove that for a whole tensor at once; only a tensor with a scale near the ends 
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from dsv4q.errors import WeightError
 from dsv4q.formats.dtypes import e2m1_pairs
 from dsv4q.formats.encode import FP8_BLOCK, TILE
-from dsv4q.formats.kernels import cpu_kernels, mxfp4_decode
+from dsv4q.formats.kernels import cpu_kernels, in_bands, mxfp4_decode, on_threads
 
 MXFP4_GROUP = 32
 E8M0_BIAS = 127
@@ -36,8 +35,6 @@ _SAFE_FP8 = (-124 + E8M0_BIAS, 119 + E8M0_BIAS)
 """The same for E4M3, whose values are multiples of 2^-9 up to 1.75 * 2^8; BF16's are multiples of 2^-133."""
 _TOGETHER = {"cpu": TILE, "cuda": 1 << 27}
 """Elements that are decoded at once: their temporaries fit a CPU's cache, and are some hundred MB on a GPU."""
-_COMPILED = 1 << 21
-"""The same of our kernels, which need no temporaries: work enough for a thread."""
 _AGAIN = "get this shard again; what is finished so far is kept, and the same command resumes"
 
 
@@ -152,22 +149,14 @@ def _decode_compiled(weight: Tensor, codes: Tensor, out: Tensor) -> None:
     kernels = cpu_kernels()
     assert kernels is not None
     is_fp8 = weight.dtype == torch.float8_e4m3fn
+    values = _bf16_bits(is_fp8)
     decode, height = (kernels.fp8_decode, FP8_BLOCK) if is_fp8 else (kernels.mxfp4_decode, 1)
-    values = _bf16_bits(is_fp8).numpy()
-    bits = out.view(torch.uint16)
-    rows = max(1, _COMPILED // max(1, out.shape[-1] * height))
-    pieces = [
-        tuple(part.numpy() for part in parts)
-        for one, under, there in zip(weight.view(torch.uint8), codes, bits, strict=True)
-        for parts in zip(one.split(rows * height), under.split(rows), there.split(rows * height), strict=True)
-    ]
-    threads = min(torch.get_num_threads(), len(pieces))
-    if threads <= 1:
-        for packed, under, there in pieces:
-            decode(packed, under, values, there)
-        return
-    with ThreadPoolExecutor(threads, "dsv4q-decode") as pool:
-        list(pool.map(lambda piece: decode(piece[0], piece[1], values, piece[2]), pieces))
+    pieces = (
+        (packed, under, values, to)
+        for whole in zip(weight.view(torch.uint8), codes, out.view(torch.uint16), strict=True)
+        for packed, under, to in in_bands(whole, (1, height, 1))
+    )
+    on_threads(decode, pieces)
 
 
 @cache
