@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsv4q.__main__ import main
+from dsv4q.config import load_config, parse_config
 from dsv4q.formats import convert, kernels, native
 from dsv4q.formats.convert import Nvfp4, mxfp4_to_nvfp4
 from dsv4q.formats.encode import fp8_block_decode, fp8_block_encode
 from dsv4q.formats.kernels import fp8_block_encode_measured
+from dsv4q.made_up.native import native_form
+from dsv4q.made_up.toy import ToyConfig, write_toy
+from dsv4q.quantize import Job
 from dsv4q.verify import packed as judge
+from dsv4q.verify.judge import verify
 from dsv4q.verify.packed import equal_fp8, equal_mxfp4
+from runs import CONFIGS, at_toy_size, finished_files, run
 
 
 @contextmanager
@@ -50,6 +58,56 @@ def assert_equal(one: Nvfp4, other: Nvfp4) -> None:
         (one.global_scale, other.global_scale), (one.sums, other.sums),
     ):  # fmt: skip
         assert torch.equal(mine[one.exact], theirs[one.exact])
+
+
+# ------------------------------------------------------------------------------------------------ whole commands
+
+
+@pytest.fixture(scope="module")
+def native_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy in DeepSeek's own layout."""
+    source = tmp_path_factory.mktemp("kernels") / "source"
+    write_toy(source, ToyConfig(), form=native_form())
+    return source
+
+
+@pytest.mark.parametrize("activations", ["bound", "observed"])
+def test_a_run_gives_the_same_files_without_the_kernels(native_source: Path, tmp_path: Path, activations: str) -> None:
+    config = at_toy_size(load_config(CONFIGS / "nvfp4-fp8-mtp.yaml"))
+    if activations == "bound":
+        raw = config.model_dump(mode="json", exclude_unset=True)
+        config = parse_config({**raw, "activations": "bound", "calibration": None})
+    run(Job(native_source, tmp_path / "with", config, device="cpu"))
+    with eager():
+        run(Job(native_source, tmp_path / "without", config, device="cpu"))
+    files = finished_files(tmp_path / "with")
+    assert files == finished_files(tmp_path / "without")
+    different = [f for f in files if (tmp_path / "with" / f).read_bytes() != (tmp_path / "without" / f).read_bytes()]
+    assert different == []
+    with_kernels = verify(tmp_path / "with", source=native_source, deep=True, progress=None)
+    with eager():
+        without = verify(tmp_path / "with", source=native_source, deep=True, progress=None)
+    assert with_kernels.ok and with_kernels.checks == without.checks and with_kernels.errors == without.errors
+
+
+def dequantized(source: Path, out: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["dequantize", str(source), str(out), "--device", "cpu", "--quiet"])
+    assert end.value.code == 0
+
+
+def test_dequantize_gives_the_same_files_without_the_kernels(native_source: Path, tmp_path: Path) -> None:
+    dequantized(native_source, tmp_path / "with")
+    with eager():
+        dequantized(native_source, tmp_path / "without")
+    shards = sorted(path.name for path in (tmp_path / "with").glob("*.safetensors"))
+    assert shards
+    assert [s for s in shards if (tmp_path / "with" / s).read_bytes() != (tmp_path / "without" / s).read_bytes()] == []
+
+
+def test_dsv4q_eager_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV4Q_EAGER", "1")
+    assert kernels.cpu_kernels.__wrapped__() is None
 
 
 # ------------------------------------------------------------------------------------------------ conversion

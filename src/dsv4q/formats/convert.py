@@ -115,9 +115,8 @@ def mxfp4_to_nvfp4(packed: Tensor, scale: Tensor, each: Each = map) -> Nvfp4:
     codes = scale.contiguous().view(torch.uint8).numpy()
     found = Nvfp4(
         torch.zeros(count, dtype=torch.bool),
-        # numpy asks for large pages, of which fresh memory needs fewer than torch's
-        torch.from_numpy(np.empty((count, shared, rows, half), dtype=np.uint8)),
-        torch.from_numpy(np.empty((count, shared, rows, groups), dtype=np.uint8)),
+        torch.empty((count, shared, rows, half), dtype=torch.uint8),
+        torch.empty((count, shared, rows, groups), dtype=torch.uint8),
         torch.empty((count, 1), dtype=torch.float32),
         torch.zeros((count, shared, 4), dtype=torch.float64),
     )

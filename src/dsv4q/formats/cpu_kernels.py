@@ -202,7 +202,8 @@ def fp8_encode(bits, exponents, codes, to):  # type: ignore[no-untyped-def]
                 # A normal number stays one, or leaves E4M3's range anyway.
                 inside = (size >= 0x80) & (moved >= 0x80) & (moved < 0x7F80)
                 code = np.int64(codes[moved if inside else 0]) if size else 0
-                wrong |= (not inside and size != 0) | (code < 0)
+                if (size != 0 and not inside) or code < 0:
+                    wrong = True
                 to[row, column] = (code & 0x7F) | (value >> 8 & 0x80)
         if wrong:
             return False
