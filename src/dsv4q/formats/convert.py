@@ -19,12 +19,14 @@ code 1 becomes 2, the others move by 2 (one binade), and back. The sum of square
 FP8 to FP8. The largest code of a 128x128 block tells by how much the power of two above amax/448 is below the scale
 that lies there, and a table has each code times that power; in a release it is 1 everywhere, and nothing changes.
 
-numpy works on words faster than torch, and lets go of the interpreter while it does: a pool of threads scales.
+A kernel does it with the interpreter let go, so a pool of threads scales. Without Numba its twin here, in numpy, gives
+the same bytes, but holds the interpreter too often for more than a few threads.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from dsv4q.formats.encode import E4M3_MAX, FP8_BLOCK, NVFP4_GROUP
 from dsv4q.formats.exact import WINDOW
+from dsv4q.formats.kernels import cpu_kernels
 from dsv4q.formats.native import E8M0_BIAS, E8M0_NAN, MXFP4_GROUP
 
 Words = np.ndarray[Any, np.dtype[np.uint64]]
@@ -108,7 +111,7 @@ def mxfp4_to_nvfp4(packed: Tensor, scale: Tensor, each: Each = map) -> Nvfp4:
     groups = half * 2 // NVFP4_GROUP
     if groups * NVFP4_GROUP != half * 2 or scale.shape != (count, shared, rows, -(-half * 2 // MXFP4_GROUP)):
         raise ValueError(f"packed {tuple(packed.shape)} and scale {tuple(scale.shape)} do not fit NVFP4")
-    words = packed.contiguous().view(torch.uint8).numpy().reshape(count, shared, -1).view(np.uint64)
+    words = packed.contiguous().view(torch.uint8).numpy().view(np.uint64)
     codes = scale.contiguous().view(torch.uint8).numpy()
     found = Nvfp4(
         torch.zeros(count, dtype=torch.bool),
@@ -117,12 +120,11 @@ def mxfp4_to_nvfp4(packed: Tensor, scale: Tensor, each: Each = map) -> Nvfp4:
         torch.empty((count, 1), dtype=torch.float32),
         torch.zeros((count, shared, 4), dtype=torch.float64),
     )
-    to = found.packed.numpy().reshape(count, shared, -1).view(np.uint64)
-    scales = found.block_scale.numpy().reshape(count, shared, -1)
+    to, scales = found.packed.numpy().view(np.uint64), found.block_scale.numpy()
+    made: type[_Compiled | _Eager] = _Eager if cpu_kernels() is None else _Compiled
 
     def convert(index: int) -> None:
-        spread = np.repeat(codes[index], MXFP4_GROUP // NVFP4_GROUP, axis=-1)[..., :groups].reshape(shared, -1)
-        parts = [_Mxfp4(*part) for part in zip(words[index], spread, strict=True)]
+        parts = [made(*part) for part in zip(words[index], codes[index], strict=True)]
         exponent = _global_exponent(parts)
         if exponent is None or not all(
             part.write(exponent, *there) for part, *there in zip(parts, to[index], scales[index], strict=True)
@@ -136,25 +138,72 @@ def mxfp4_to_nvfp4(packed: Tensor, scale: Tensor, each: Each = map) -> Nvfp4:
     return replace(found, block_scale=found.block_scale.view(torch.float8_e4m3fn))
 
 
-class _Mxfp4:
+class _Mxfp4(ABC):
     """One weight: what its blocks of 16 allow.
 
     Args:
-        words: U64 [n], the codes of n blocks.
-        codes: U8 [n], the E8M0 code of each.
+        words: U64 [M, G], the codes of each block.
+        codes: U8 [M, ceil(G/2)], E8M0.
+
+    Attributes:
+        squares_by_code: [256], by E8M0 code the sum of (2 * value)^2 under it, an integer.
+        top: largest lower end of a block's interval, as an exponent; None: there are zeros alone.
     """
+
+    squares_by_code: np.ndarray[Any, Any]
+    top: int | None
 
     def __init__(self, words: Words, codes: Bytes) -> None:
         self.words, self.codes = words, codes
-        self.lower = np.empty(len(words), dtype=np.int8)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether every scale is a number, and every square one that F32 holds."""
+        used = np.flatnonzero(self.squares_by_code)
+        low, high = (int(used[0]), int(used[-1])) if len(used) else _MXFP4_CODES
+        return int(self.codes.max(initial=0)) <= _LARGEST_CODE and _MXFP4_CODES[0] <= low and high <= _MXFP4_CODES[1]
+
+    @property
+    def squares(self) -> float:
+        """Sum of the squares of all values."""
+        return math.ldexp(float(_weighted(self.squares_by_code, range(256))), -2 * E8M0_BIAS - 2)
+
+    @abstractmethod
+    def write(self, exponent: int, words: Words, scales: Bytes) -> bool:
+        """Blocks and their E4M3 scales under the global scale 2^`exponent`; false if a block is outside the window."""
+
+
+class _Compiled(_Mxfp4):
+    """By our kernels."""
+
+    def __init__(self, words: Words, codes: Bytes) -> None:
+        super().__init__(words, codes)
+        kernels = cpu_kernels()
+        assert kernels is not None
+        self.squares_by_code = np.zeros(256, dtype=np.int64)
+        top = kernels.nvfp4_look(words, codes, self.squares_by_code)
+        self.top = None if top == kernels.NOTHING else top - E8M0_BIAS
+        self._write = kernels.nvfp4_write
+
+    def write(self, exponent: int, words: Words, scales: Bytes) -> bool:
+        least = WINDOW[0] - exponent + E8M0_BIAS
+        return bool(self._write(self.words, self.codes, least, _POWERS, words, scales))
+
+
+class _Eager(_Mxfp4):
+    """By numpy."""
+
+    def __init__(self, words: Words, codes: Bytes) -> None:
+        spread = np.repeat(codes, MXFP4_GROUP // NVFP4_GROUP, axis=-1)[:, : words.shape[1]]
+        super().__init__(words.reshape(-1), spread.reshape(-1))
+        self.lower = np.empty(len(self.words), dtype=np.int8)
         """l of each block; 1 where it is all zeros."""
-        self._squares = np.zeros(256)
-        """By E8M0 code: the sum of (2 * value)^2 under it."""
-        for tile in _tiles(len(words)):
+        self.squares_by_code = np.zeros(256)
+        for tile in _tiles(len(self.words)):
             self._look(tile)
-        used = np.flatnonzero(self._squares)
-        self.ends = (int(used[0]), int(used[-1])) if len(used) else None
-        """Smallest and largest code of a block that is not all zeros."""
+        nonzero = self.lower <= 0
+        ends = self.codes[nonzero].astype(np.int16) + self.lower[nonzero]
+        self.top = int(ends.max()) - E8M0_BIAS if len(ends) else None
 
     def _look(self, tile: slice) -> None:
         words = self.words[tile]
@@ -168,32 +217,14 @@ class _Mxfp4:
             (np.bitwise_count(b0 & b12), 56),
         ):  # fmt: skip
             units += np.multiply(count, weight, dtype=np.uint16)
-        self._squares += np.bincount(self.codes[tile], weights=units, minlength=256)
+        self.squares_by_code += np.bincount(self.codes[tile], weights=units, minlength=256)
         from_2, from_4, from_6 = ((count > 0).view(np.int8) for count in (n1 | n2, n2, n12))
         lower = from_2 + from_4 + from_6 - np.int8(3)
         lower[units == 0] = 1
         self.lower[tile] = lower
 
-    @property
-    def is_sure(self) -> bool:
-        """Whether every scale is a number, and every square one that F32 holds."""
-        low, high = self.ends or _MXFP4_CODES
-        return int(self.codes.max(initial=0)) <= _LARGEST_CODE and _MXFP4_CODES[0] <= low and high <= _MXFP4_CODES[1]
-
-    @property
-    def top(self) -> int | None:
-        """Largest lower end of a block's interval, as an exponent; None: there are zeros alone."""
-        nonzero = self.lower <= 0
-        ends = self.codes[nonzero].astype(np.int16) + self.lower[nonzero]
-        return int(ends.max()) - E8M0_BIAS if len(ends) else None
-
-    @property
-    def squares(self) -> float:
-        """Sum of the squares of all values."""
-        return math.ldexp(float(_weighted(self._squares, range(256))), -2 * E8M0_BIAS - 2)
-
     def write(self, exponent: int, words: Words, scales: Bytes) -> bool:
-        """Blocks and their E4M3 scales under the global scale 2^`exponent`; false if a block is outside the window."""
+        words, scales = words.reshape(-1), scales.reshape(-1)
         return all(self._write(exponent, tile, words[tile], scales[tile]) for tile in _tiles(len(self.words)))
 
     def _write(self, exponent: int, tile: slice, to: Words, scales: Bytes) -> bool:

@@ -1,18 +1,21 @@
-"""Where a GPU kernel of ours pays: each function here has an eager twin with the same bits, which runs elsewhere."""
+"""Where a kernel of ours pays, on a GPU or a CPU: each has an eager twin with the same bits, which runs elsewhere."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4q.formats.compare import error_sums
-from dsv4q.formats.encode import TILE, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.encode import FP8_BLOCK, TILE, fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
 
 
 @cache
@@ -24,6 +27,37 @@ def _triton() -> ModuleType | None:
     from dsv4q.formats import triton_kernels
 
     return triton_kernels
+
+
+@cache
+def cpu_kernels() -> ModuleType | None:
+    """Our Numba kernels, where Numba is installed (`pip install dsv4q[cpu]`); None: eager code has to do."""
+    if importlib.util.find_spec("numba") is None or os.environ.get("DSV4Q_EAGER"):
+        return None
+    from dsv4q.formats import cpu_kernels as kernels
+
+    return kernels
+
+
+_ELEMENTS = 1 << 21
+"""Work enough for a thread."""
+
+
+def on_threads(kernel: Callable[..., Any], pieces: Iterable[Sequence[Tensor]]) -> list[Any]:
+    """What a kernel of the CPU returns for each piece of work, its arguments, on as many threads as torch has here."""
+    work = [[tensor.numpy() for tensor in piece] for piece in pieces]
+    threads = min(torch.get_num_threads(), len(work))
+    if threads <= 1:
+        return [kernel(*piece) for piece in work]
+    with ThreadPoolExecutor(threads, "dsv4q-kernel") as pool:
+        return list(pool.map(lambda piece: kernel(*piece), work))
+
+
+def in_bands(whole: Sequence[Tensor], heights: Sequence[int]) -> Iterable[Sequence[Tensor]]:
+    """Matrices cut into bands that belong together; one row of each stands for so many of the weight."""
+    columns, height = max(part.shape[-1] for part in whole), max(heights)
+    rows = max(1, _ELEMENTS // max(1, columns * height)) * height
+    return zip(*(part.split(rows // each) for part, each in zip(whole, heights, strict=True)), strict=True)
 
 
 def _for(*tensors: Tensor) -> ModuleType | None:
@@ -96,6 +130,51 @@ def _encode_measured_in_tiles(
             sums[some, 3] = torch.maximum(sums[some, 3], found[:, 3])
     sums[:, 0] = equal / (rows * columns)
     return packed, sums
+
+
+@torch.no_grad()
+def fp8_block_encode_measured(weight: Tensor, block_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to E4M3 under given 128x128 block scales, and measure what that costs.
+
+    Args:
+        weight: BF16 [M, N].
+        block_scale: BF16 or F32 multiplier [ceil(M/128), ceil(N/128)], positive.
+
+    Returns:
+        F8_E4M3 [M, N] as of `encode.fp8_block_encode`, and F64 [4] as `compare.error_sums` gives them.
+    """
+    exact = _fp8_block_encode_exact(weight, block_scale)
+    if exact is not None:
+        return exact, torch.cat([torch.tensor([1.0, 0.0]), _squares(weight), torch.tensor([0.0])])
+    codes = fp8_block_encode(weight, block_scale)
+    return codes, error_sums(weight[None], fp8_block_decode(codes, block_scale)[None])[0]
+
+
+def _fp8_block_encode_exact(weight: Tensor, block_scale: Tensor) -> Tensor | None:
+    """The codes, if a kernel finds that nothing is rounded."""
+    kernels = None if weight.is_cuda or weight.dtype is not torch.bfloat16 else cpu_kernels()
+    mantissa, exponent = torch.frexp(block_scale)
+    if kernels is None or not bool((mantissa == 0.5).all()):
+        return None
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    whole = weight.contiguous().view(torch.uint16), exponent.to(torch.int64) - 1, codes
+    pieces = in_bands(whole, (1, FP8_BLOCK, 1))
+    found = on_threads(kernels.fp8_encode, ((bits, under, _e4m3_codes(), to) for bits, under, to in pieces))
+    return codes.view(torch.float8_e4m3fn) if all(found) else None
+
+
+@cache
+def _e4m3_codes() -> Tensor:
+    """I16 [65536]: the E4M3 code of BF16's bits, -1 where there is none."""
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).to(torch.float32)
+    codes = values.to(torch.float8_e4m3fn)
+    same = (codes.to(torch.float32) == values) & values.isfinite()
+    return codes.view(torch.uint8).to(torch.int16).masked_fill(~same, -1)
+
+
+def _squares(weight: Tensor) -> Tensor:
+    """F64 [1], as `error_sums` adds them up."""
+    return weight.to(torch.float32)[None].square().sum(dim=(1, 2), dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor
 from dsv4q.errors import WeightError
 from dsv4q.formats.dtypes import e2m1_pairs
 from dsv4q.formats.encode import FP8_BLOCK, TILE
-from dsv4q.formats.kernels import mxfp4_decode
+from dsv4q.formats.kernels import cpu_kernels, in_bands, mxfp4_decode, on_threads
 
 MXFP4_GROUP = 32
 E8M0_BIAS = 127
@@ -130,6 +130,9 @@ def decode_into(weight: Tensor, scale: Tensor, out: Tensor) -> None:
         return
     factors, height = (_fp8_factors, FP8_BLOCK) if is_fp8 else (_mxfp4_factors, 1)
     codes, together = _codes(scale), _TOGETHER[out.device.type]
+    if not out.is_cuda and cpu_kernels() is not None:
+        _decode_compiled(weight, codes, out)
+        return
     step = max(1, together // max(1, out[0].numel()))
     if out[0].numel() <= together:
         for parts in zip(weight.split(step), codes.split(step), out.split(step), strict=True):
@@ -139,6 +142,29 @@ def decode_into(weight: Tensor, scale: Tensor, out: Tensor) -> None:
     for one, under, there in zip(weight, codes, out, strict=True):
         for parts in zip(one.split(rows * height), under.split(rows), there.split(rows * height), strict=True):
             torch.mul(*factors(*parts[:2]), out=parts[2])
+
+
+def _decode_compiled(weight: Tensor, codes: Tensor, out: Tensor) -> None:
+    """By our kernels, rows on as many threads as torch has."""
+    kernels = cpu_kernels()
+    assert kernels is not None
+    is_fp8 = weight.dtype == torch.float8_e4m3fn
+    values = _bf16_bits(is_fp8)
+    decode, height = (kernels.fp8_decode, FP8_BLOCK) if is_fp8 else (kernels.mxfp4_decode, 1)
+    pieces = (
+        (packed, under, values, to)
+        for whole in zip(weight.view(torch.uint8), codes, out.view(torch.uint16), strict=True)
+        for packed, under, to in in_bands(whole, (1, height, 1))
+    )
+    on_threads(decode, pieces)
+
+
+@cache
+def _bf16_bits(is_fp8: bool) -> Tensor:
+    """U16 [256, 256] or [256, 16]: BF16's bits of every E4M3 or E2M1 code under every E8M0 code."""
+    under = _spread(torch.arange(256, dtype=torch.uint8)[:, None], 1, 1)
+    values = _e4m3_table() if is_fp8 else e2m1_pairs(torch.bfloat16, torch.device("cpu"))[:16, 0]
+    return (values * under).view(torch.uint16).contiguous()
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from dsv4q.errors import RankError
 from dsv4q.formats import stored as forms
 from dsv4q.formats.compare import error_sums
 from dsv4q.formats.dtypes import torch_dtypes
-from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, fp8_block_encode, nvfp4_encode
+from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, nvfp4_encode
+from dsv4q.formats.kernels import fp8_block_encode_measured
 from dsv4q.model.model import release
 from dsv4q.model.upstream import decode_state, encode_module, scheme_of, weights_on_every_rank
 from dsv4q.recipe.schemes import FLOAT, NVFP4, PACKED_INT
@@ -142,9 +143,7 @@ class ModuleLinears:
     def encoded(self, mine: Collection[str]) -> Iterator[EncodedLinears]:
         """See `Linears.encoded`; a module gives its weight up once it is encoded."""
         for linears in self._batches([linear for linear in self.linears if linear.spec.name in mine]):
-            stored = _encode(linears)
-            sums = error_sums(_stack(linears, "weight"), _decoded(linears[0].module, stored))
-            yield EncodedLinears(linears, stored, sums)
+            yield EncodedLinears(linears, *_encode_measured(linears))
             for linear in linears:
                 release(linear.module)
 
@@ -164,11 +163,23 @@ class ModuleLinears:
         return max(1, BATCH_ELEMENTS[self.device.type] // elements)
 
 
+def _encode_measured(linears: Sequence[PlannedLinear]) -> tuple[State, torch.Tensor]:
+    """Stored tensors of all linears, and what storing them did, as in `EncodedLinears`."""
+    first = linears[0]
+    if isinstance(getattr(first.module, "weight_observer", None), ExactFp8BlockObserver):
+        # compressed-tensors adds a zero point of 0, which turns -0 into +0.
+        scale = first.parameter("weight_scale")
+        weight, sums = fp8_block_encode_measured(first.parameter("weight"), scale)
+        return {"weight": weight[None], "weight_scale": scale[None]}, sums[None]
+    stored = _encode(linears)
+    return stored, error_sums(_stack(linears, "weight"), _decoded(first.module, stored))
+
+
 def _encode(linears: Sequence[PlannedLinear]) -> State:
     """Stored tensors of all linears by suffix, each with a first dimension over the linears."""
     first = linears[0]
     if not first.is_nvfp4:
-        return {name: value[None] for name, value in _encode_alone(first).items() if value is not None}
+        return {name: value[None] for name, value in encode_module(first.module).items() if value is not None}
     names = [name for name in GLOBAL_SCALES if name in first.module._parameters]
     stored = {name: _stack(linears, name) for name in names}
     scale = _stack(linears, "weight_scale")
@@ -177,15 +188,6 @@ def _encode(linears: Sequence[PlannedLinear]) -> State:
     )
     stored["weight_scale"] = scale.to(torch.float8_e4m3fn)
     return stored
-
-
-def _encode_alone(linear: PlannedLinear) -> State:
-    """Made by compressed-tensors."""
-    state = encode_module(linear.module)
-    if isinstance(getattr(linear.module, "weight_observer", None), ExactFp8BlockObserver):
-        # compressed-tensors adds a zero point of 0, which turns -0 into +0.
-        state["weight"] = fp8_block_encode(linear.parameter("weight"), state["weight_scale"])
-    return state
 
 
 def _stack(linears: Sequence[PlannedLinear], name: str) -> torch.Tensor:

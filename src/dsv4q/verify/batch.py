@@ -55,8 +55,10 @@ class LinearBatch:
     def load(self) -> None:
         """From the disk to the host; there, judge too."""
         step = 1 if self.on_host else len(self.specs)
+        memory: dict[object, Tensor] = {}
         for start in range(0, len(self.specs), step):
-            piece = _Piece(self.case, self.scheme, self.specs[start : start + step], pinned=not self.on_host)
+            some = self.specs[start : start + step]
+            piece = _Piece(self.case, self.scheme, some, memory if self.on_host else {}, pinned=not self.on_host)
             if self.on_host:
                 self._judge(piece)
             else:
@@ -113,9 +115,21 @@ class _Piece:
     """Linears that lie in memory together, as stacks [T, ...] of each tensor; made by reading them.
 
     What cannot be read or decoded is not shown to be as it must be; a judge of its own says why.
+
+    Args:
+        memory: of the piece before, which is not wanted any more: fresh memory costs as much as reading into it.
     """
 
-    def __init__(self, case: Case, scheme: StoredScheme, specs: Sequence[TensorSpec], *, pinned: bool) -> None:
+    def __init__(
+        self,
+        case: Case,
+        scheme: StoredScheme,
+        specs: Sequence[TensorSpec],
+        memory: dict[object, Tensor],
+        *,
+        pinned: bool,
+    ) -> None:
+        self.memory = memory
         self.case, self.scheme, self.specs = case, scheme, specs
         self.host: dict[str, Tensor] = {}
         self.packed: tuple[Tensor, ...] = ()
@@ -133,16 +147,28 @@ class _Piece:
         for suffix in scheme.stored(specs[0].shape):
             names = [f"{spec.module}.{suffix}" for spec in specs]
             header = case.sound[names[0]]
-            self.host[suffix] = _stacked(names, header.dtype, header.shape, case.artifact.read_into, pinned=pinned)
+            there = self._empty(suffix, header.dtype, header.shape, pinned=pinned)
+            self.host[suffix] = _filled(there, names, case.artifact.read_into)
         if is_packed(case, specs[0]):
             assert isinstance(source, NativeCheckpoint)
             parts = zip(*(entries_of(source, spec.name) for spec in specs), strict=True)
             self.packed = tuple(
-                _stacked([e.name for e in part], part[0].dtype, part[0].shape, source.on_disk.read_into, pinned=pinned)
-                for part in parts
+                _filled(
+                    self._empty(number, part[0].dtype, part[0].shape, pinned=pinned),
+                    [entry.name for entry in part],
+                    source.on_disk.read_into,
+                )
+                for number, part in enumerate(parts)
             )
         else:
             self.weights = [source.fetched(spec.name, pinned=pinned) for spec in specs]
+
+    def _empty(self, what: object, dtype: str, shape: Shape, *, pinned: bool) -> Tensor:
+        """Memory for a stack [T, ...]."""
+        if what not in self.memory:
+            whole = (len(self.specs), *shape)
+            self.memory[what] = torch.empty(whole, dtype=torch_dtypes()[dtype], pin_memory=pinned)
+        return self.memory[what]
 
     def compared(self) -> tuple[list[bool], list[bool]]:
         """Which linears are shown to be as they must be, and which have nothing but powers of two for scales.
@@ -212,11 +238,8 @@ def is_packed(case: Case, spec: TensorSpec) -> bool:
     return (source.quantized[spec.name].form == MXFP4) == (scheme.format == NVFP4) and scheme.format in (NVFP4, FP8)
 
 
-def _stacked(
-    names: Sequence[str], dtype: str, shape: Shape, read: Callable[[str, memoryview], None], *, pinned: bool
-) -> Tensor:
-    """Tensors of one dtype and shape, read into one [T, ...]."""
-    stack = torch.empty((len(names), *shape), dtype=torch_dtypes()[dtype], pin_memory=pinned)
+def _filled(stack: Tensor, names: Sequence[str], read: Callable[[str, memoryview], None]) -> Tensor:
+    """A stack [T, ...] of tensors of one dtype and shape, once they are read into it."""
     for name, row in zip(names, stack, strict=True):
         read(name, row.reshape(-1).view(torch.uint8).numpy().data)
     return stack

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dsv4q.formats.kernels import cpu_kernels
 
 GROUPS = 1 << 16
 """Groups of 16 columns that a CPU compares at once: half a megabyte of codes."""
@@ -42,12 +46,13 @@ def equal_mxfp4(packed: Tensor, scale: Tensor, stored: Tensor, block_scale: Tens
         Bool [T]; true implies that every stored scale is positive and finite.
     """
     count, _, groups = block_scale.shape
+    if not packed.is_cuda and cpu_kernels() is not None:
+        return _equal_mxfp4_compiled(packed, scale, stored, block_scale, global_scale)
     fine, exponent = _powers_of_e4m3(block_scale)
     fine &= _reachable(scale).flatten(1).all(dim=1)
-    bits = global_scale.reshape(count).view(torch.int32)
-    # Any E4M3 power divided by a global scale of these exponents is a normal F32.
-    fine &= _is_power_of_two(bits) & (bits >> 23 >= 8) & (bits >> 23 <= 244)
-    base = (bits >> 23).to(torch.int16).view(count, 1, 1) - 254
+    divides, base = _divisors(global_scale)
+    fine &= divides
+    base = base.view(count, 1, 1)
     source = scale.view(torch.uint8).to(torch.int16).add_(base)
     source = source.unsqueeze(-1).expand(*source.shape, 2).flatten(-2)[..., :groups]
     shift = (source - exponent).reshape(count, -1)
@@ -56,6 +61,39 @@ def equal_mxfp4(packed: Tensor, scale: Tensor, stored: Tensor, block_scale: Tens
     for parts in zip(*(torch.split(whole, step, dim=1) for whole in (mine, yours, shift)), strict=True):
         fine &= _equal_words(*parts)
     return fine
+
+
+def _equal_mxfp4_compiled(
+    packed: Tensor, scale: Tensor, stored: Tensor, block_scale: Tensor, global_scale: Tensor
+) -> Tensor:
+    """The same by a kernel, which lets go of the interpreter."""
+    kernels = cpu_kernels()
+    assert kernels is not None
+    fine, base = _divisors(global_scale)
+    mine, yours = (codes.view(torch.uint8).numpy().view(np.uint64) for codes in (packed, stored))
+    under, over = (codes.view(torch.uint8).numpy() for codes in (scale, block_scale))
+    exponents = _exponents_of_e4m3(kernels.NOTHING)
+    for linear in fine.nonzero().flatten().tolist():
+        parts = mine[linear], yours[linear], under[linear], over[linear]
+        fine[linear] = kernels.equal_words(*parts, exponents, int(base[linear]), _REACH)
+    return fine
+
+
+@cache
+def _exponents_of_e4m3(nothing: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """I64 [256]: the exponent of every E4M3 code that is a positive power of two, else `nothing`."""
+    power, exponent = _powers_of_e4m3(torch.arange(256, dtype=torch.uint8).view(256, 1))
+    return exponent.flatten().to(torch.int64).masked_fill_(~power, nothing).numpy()
+
+
+def _divisors(global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool [T]: which global scales [T, 1] are powers of two under which every E4M3 power is a normal F32.
+
+    With it I16 [T]: what to add to an E8M0 code for its exponent under them.
+    """
+    bits = global_scale.reshape(-1).view(torch.int32)
+    fine = _is_power_of_two(bits) & (bits >> 23 >= 8) & (bits >> 23 <= 244)
+    return fine, (bits >> 23).to(torch.int16) - 254
 
 
 def _equal_words(mine: Tensor, yours: Tensor, shift: Tensor) -> Tensor:
@@ -106,6 +144,12 @@ def equal_fp8(weight: Tensor, scale: Tensor, stored: Tensor, block_scale: Tensor
     fine &= ((source >= _REACH[0]) & (source <= _REACH[1])).flatten(1).all(dim=1)
     mine, yours = weight.view(torch.uint8), stored.view(torch.uint8)
     shift = (source - (theirs >> 23)).clamp(-_E4M3_DOUBLINGS, _E4M3_DOUBLINGS)
+    kernels = None if weight.is_cuda else cpu_kernels()
+    if kernels is not None:
+        table, times = _doubled_e4m3().numpy(), shift.to(torch.int64).numpy()
+        for linear in fine.nonzero().flatten().tolist():
+            fine[linear] = kernels.equal_blocks(mine[linear].numpy(), yours[linear].numpy(), times[linear], table)
+        return fine
     for linear in fine.nonzero().flatten().tolist():
         fine[linear] = _equal_blocks(mine[linear], yours[linear], shift[linear].tolist())
     return fine
