@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -26,6 +29,8 @@ from runs import CONFIGS, FLASH
 FOLDER = FLASH.parent.parent
 SPARK = load_model_config(FOLDER / "deepseek-v4-flash-0731")
 BY_NAME = {release.name.lower(): release for release in RELEASES}
+Stored = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape."""
 PUBLISHED = ("deepseek-v4-flash", "deepseek-v4-flash-0731", "deepseek-v4-pro-0813")
 
 
@@ -135,6 +140,60 @@ def test_the_command_says_so_too(folder: str) -> None:
     release = BY_NAME[folder]
     assert f"{release.name}, by config.json alone; {release.tensors:,} tensors" in " ".join(done.stdout.split())
     assert "a DSpark draft in the source" in done.stdout and "problems   none" in done.stdout
+
+
+def write_hollow(root: Path, folder: str, gone: tuple[str, ...] = (), more: tuple[Stored, ...] = ()) -> Path:
+    """A native checkpoint of full size, with the headers of a release and holes for data: a few megabytes on disk."""
+    release = BY_NAME[folder]
+    root.mkdir()
+    (root / "config.json").write_bytes((FOLDER / folder / "config.json").read_bytes())
+    of_release = [t for spec in source_tensors(release.dims) for t in release_tensors(spec, release.expert_dtype)]
+    stored = [*(tensor for tensor in of_release if not tensor[0].startswith((*gone, "\0"))), *more]
+    count = -(-len(stored) // 2000)
+    weight_map, total = {}, 0
+    for number in range(count):
+        file, header, end = f"model-{number + 1:05d}-of-{count:05d}.safetensors", {}, 0
+        for name, dtype, shape in stored[number * 2000 : number * 2000 + 2000]:
+            begin, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
+            header[name], weight_map[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}, file
+        text = json.dumps(header).encode()
+        (root / file).write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(root / file, 8 + len(text) + end)
+        total += end
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    return root
+
+
+def release_of(source: Path) -> tuple[int, dict[str, Any]]:
+    """Exit code of `plan`, and what it says of the release that the source is."""
+    arguments = ["plan", str(source), "-c", str(CONFIGS / "nvfp4-fp8-mtp.yaml"), "--json"]
+    done = subprocess.run([sys.executable, "-m", "dsv4q", *arguments], capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout)["source"]["release"]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED)
+def test_a_plan_of_the_files_of_a_release_says_that_it_is_complete(folder: str, tmp_path: Path) -> None:
+    _, found = release_of(write_hollow(tmp_path / "source", folder))
+    release = BY_NAME[folder]
+    assert found == {
+        "name": release.name, "tensors": release.tensors, "bytes": release.nbytes, "complete": True,
+        "missing": 0, "extra": 0, "missing_names": [], "extra_names": [],
+    }  # fmt: skip
+
+
+def test_a_plan_says_what_the_files_lack_of_the_release(tmp_path: Path) -> None:
+    gone = ("mtp.1.", "mtp.2.confidence_head")
+    code, found = release_of(write_hollow(tmp_path / "source", "deepseek-v4-flash-0731", gone=gone))
+    assert (code, found["complete"], found["missing"], found["extra"]) == (1, False, 1_565 + 1, 0)
+    assert found["missing_names"][0] == "mtp.1.attn.attn_sink"
+
+
+def test_a_plan_says_what_the_files_have_beyond_the_release(tmp_path: Path) -> None:
+    more = (("mtp.1.norm.weight", "BF16", (4096,)),)
+    code, found = release_of(write_hollow(tmp_path / "source", "deepseek-v4-flash-0731", more=more))
+    assert (code, found["complete"], found["missing"], found["extra"]) == (1, False, 0, 1)
+    assert found["extra_names"] == ["mtp.1.norm.weight"]
 
 
 def ignored(number: int, of_draft: str, of_stage: str) -> list[str]:

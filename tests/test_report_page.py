@@ -23,6 +23,7 @@ from dsv4q import evaluate
 from dsv4q.errors import OutputError, SourceError
 from dsv4q.quantize import Job as Run
 from dsv4q.report.page import write
+from dsv4q.report.page.charts import names_axis
 from dsv4q.report.page.heatmap import NOTHING, png, scale
 from dsv4q.report.page.inputs import EVALUATION_FORMAT, Inputs, block_of, read_inputs
 from dsv4q.report.page.page import build_page
@@ -248,6 +249,26 @@ def test_weights_without_error_are_said_to_be_exact_and_have_no_chart(report: di
     page = page_of(report)
     assert "All 145 quantized linears are stored without any error" in page.shown
     assert "Relative error over all layers" not in page.shown
+
+
+def test_the_stages_of_a_quantized_draft_are_in_the_chart_and_the_tables_of_errors(report: dict[str, Any]) -> None:
+    (first,) = (block for block in report["blocks"] if block["block"] == "layers.0")
+    kept = [block for block in report["blocks"] if not block["block"].startswith(("layers.", "mtp."))]
+    stored = {"tensors": 3, "exact": 0, "relative_error": 0.07, "worst": 0.5}
+    wrong = {"relative_error": 0.5, "exact_fraction": 0.1, "max_abs_error": 0.2}
+    stages = [
+        {**first, "block": f"mtp.{i}", "errors": {"mtp: routed expert": stored}, "tensors": {f"mtp.{i}.w1": wrong}}
+        for i in range(3)
+    ]
+    report["blocks"] = [*({**first, "block": f"layers.{i}"} for i in range(5)), *kept, *stages]
+    page = page_of(report)
+    assert any("mtp.2: mtp: routed expert 7.00 %, worst 50.00 %" in word for word in page.words)
+    assert "mtp.1.w1" in page.words
+
+
+def test_a_long_axis_names_every_tenth_layer_and_where_the_draft_begins() -> None:
+    names = [*map(str, range(43)), "mtp.0", "mtp.1", "mtp.2"]
+    assert [name for _, name in names_axis(names, "layer").ticks] == ["0", "10", "20", "30", "40", "mtp.0"]
 
 
 def test_hash_layers_are_marked_and_named(report: dict[str, Any]) -> None:

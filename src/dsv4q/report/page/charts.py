@@ -55,9 +55,11 @@ def log_axis(low: float, high: float, label: Callable[[float], str], title: str)
 
 
 def names_axis(names: Sequence[str], title: str) -> Axis:
-    """One column for each name. Few are all named, of many those that are multiples of ten."""
-    few = len(names) <= 10
-    named = [(i, name) for i, name in enumerate(names) if few or (name.isdecimal() and int(name) % 10 == 0)]
+    """One column for each name. Few are all named, of many the multiples of ten, and where the draft begins."""
+    few, draft = len(names) <= 10, next((name for name in names if name.startswith("mtp.")), None)
+    named = [
+        (i, name) for i, name in enumerate(names) if few or name == draft or (name.isdecimal() and int(name) % 10 == 0)
+    ]
     return Axis(0.0, float(max(len(names), 1)), tuple((i + 0.5, name) for i, name in named), title=title)
 
 

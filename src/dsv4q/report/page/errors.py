@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from dsv4q.report.page.charts import Chart, Line, linear_axis, log_axis, names_axis
-from dsv4q.report.page.record import Gap, Record, layers_of, need
+from dsv4q.report.page.record import Gap, Record, blocks_of, layers_of, need
 from dsv4q.report.page.wording import and_list, axis_percent, percent, short_name
 
 _NVFP4_RANGE = 448.0 * 6.0
@@ -16,8 +16,8 @@ Layers = list[tuple[str, Record]]
 
 
 def error_layers(report: Record) -> tuple[Layers, list[str]]:
-    """Layers that have errors of weights, and the classes of tensors that they are of."""
-    layers = layers_of(report, "errors")
+    """Layers and stages of the draft that have errors of weights, and the classes of tensors that they are of."""
+    layers = blocks_of(report, "errors")
     roles = list(dict.fromkeys(role for _, block in layers for role in block["errors"]))
     return layers, need(roles, f"{report.name} has no errors of weights by block")
 
@@ -27,13 +27,13 @@ def error_chart(layers: Layers, roles: list[str]) -> Chart:
     lines = [_error_line(role, colour % 8, layers) for colour, role in enumerate(roles)]
     top = [w for line in lines for _, _, w in line.band] + [p for line in lines for _, p in line.points]
     tips = [
-        (i, f"layers.{name}: " + "; ".join(
+        (i, f"{name}: " + "; ".join(
             f"{role} {percent(one['relative_error'])}, worst {percent(one['worst'])}"
             for role, one in block["errors"].items()))
         for i, (name, block) in enumerate(layers, 1)
     ]  # fmt: skip
     y = linear_axis(max(filter(math.isfinite, top), default=0.0), axis_percent, "relative error")
-    return Chart(names_axis([name for name, _ in layers], "layer"), y, tips, lines=lines)
+    return Chart(names_axis([short_name(name) for name, _ in layers], "layer"), y, tips, lines=lines)
 
 
 def _error_line(role: str, colour: int, layers: Layers) -> Line:
@@ -46,7 +46,7 @@ def _error_line(role: str, colour: int, layers: Layers) -> Line:
 
 def wrong_tensors(report: Record) -> list[tuple[str, Record]]:
     """The tensors that have errors, the largest first."""
-    each = [one for _, block in layers_of(report, "tensors") for one in block["tensors"].items()]
+    each = [one for _, block in blocks_of(report, "tensors") for one in block["tensors"].items()]
     wrong = [(name, one) for name, one in each if one["relative_error"] > 0]
     return sorted(wrong, key=lambda item: (-item[1]["relative_error"], item[0]))
 

@@ -53,11 +53,15 @@ def need(found: Found, otherwise: str) -> Found:
     return found
 
 
-def layers_of(report: Record, key: str) -> list[tuple[str, Record]]:
-    """Number and record of every main layer that has the key, in order."""
+def blocks_of(report: Record, key: str) -> list[tuple[str, Record]]:
+    """Name and record of every main layer and stage of the draft that has the key, in order."""
     found = [(block["block"], block) for block in report["blocks"]]
     return [
-        (name.removeprefix("layers."), block)
-        for name, block in found
-        if name.startswith("layers.") and block.get(key) is not None
+        (name, block) for name, block in found if name.startswith(("layers.", "mtp.")) and block.get(key) is not None
     ]
+
+
+def layers_of(report: Record, key: str) -> list[tuple[str, Record]]:
+    """Number and record of every main layer that has the key, in order."""
+    found = [(name, block) for name, block in blocks_of(report, key) if name.startswith("layers.")]
+    return [(name.removeprefix("layers."), block) for name, block in found]
