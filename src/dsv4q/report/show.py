@@ -182,7 +182,7 @@ def verifying(console: Console, artifact: Path, *, reads: bool) -> Iterator[Call
 
 
 def show_verification(result: VerifyResult, console: Console, pin: Pin | None = None) -> None:
-    """What was examined, every difference up to `SHOWN`, and the verdict; with `pin` which source it was held against."""
+    """What was examined, every difference up to `SHOWN`, and the verdict; with `pin` the source that it was held to."""
     console.table("Checks", ["check", "examined"], [[name, f"{n:,}"] for name, n in result.checks.items()])
     for role, errors in result.errors.items():
         console.print(f"{role}: {exactness(errors)}{_inexactness(errors)}")
