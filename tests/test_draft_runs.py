@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from dsv4q.config import Config, DraftChoice, load_config
+from dsv4q.config import Activations, Config, DraftChoice, load_config
 from dsv4q.console import Console, Mode
 from dsv4q.dequantize import Dequantization, dequantize
 from dsv4q.diff import DiffRequest, diff
@@ -176,6 +176,30 @@ def test_input_scales_of_the_draft_are_the_analytic_bounds(name: str, finished: 
         assert float(stored[f"{module}.input_global_scale"]) == pytest.approx(448 * 6 / bound, rel=1e-6)
 
 
+def test_input_scales_that_are_bounds_everywhere_leave_the_draft_as_it_is(
+    finished: dict[str, Made], tmp_path: Path
+) -> None:
+    observed = finished["dspark with FP8 linears"].job
+    config = observed.config.model_copy(update={"activations": Activations(scales="bound"), "calibration": None})
+    run(replace(observed, config=config, out=tmp_path / "out"))
+    ours, theirs = tensors(tmp_path / "out"), tensors(observed.out)
+    differing = {name for name, tensor in ours.items() if raw(tensor) != raw(theirs[name])}
+    assert ours.keys() == theirs.keys() and differing
+    assert {name.rpartition(".")[2] for name in differing} == {"input_global_scale"}
+    assert not [name for name in differing if name.startswith("mtp.")]
+    assert verify(tmp_path / "out", source=observed.source, deep=True, progress=None).ok
+
+
+@pytest.mark.parametrize("name", ["dspark of BF16 off the grid", "dspark with FP8 linears, off the grid"])
+def test_a_draft_off_the_grid_is_rounded_as_the_main_layers_are(name: str, finished: dict[str, Made]) -> None:
+    errors = finished[name].report["errors"]
+    drafted = {role.removeprefix("mtp: "): one for role, one in errors.items() if role.startswith("mtp: ")}
+    assert drafted.keys() >= {"routed expert"}
+    for role, one in drafted.items():
+        usual = errors["routed expert" if role == "routed expert" else "attention projection"]["relative_error"]
+        assert one["exact"] == 0 and one["relative_error"] == pytest.approx(usual, rel=0.05), role
+
+
 def test_scales_of_fp8_blocks_are_f32_with_a_draft_that_is_quantized_or_dspark(made: Made) -> None:
     stored = tensors(made.job.out)
     scales = {str(t.dtype) for n, t in stored.items() if n.endswith(".attn.wq_b.weight_scale")}
@@ -195,39 +219,52 @@ def files(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in finished_files(out)}
 
 
+@pytest.mark.parametrize("name", EXACT)
 def test_a_native_source_and_its_dequantization_give_the_same_artifact(
-    finished: dict[str, Made], base: Path, tmp_path: Path
+    name: str, finished: dict[str, Made], base: Path, tmp_path: Path
 ) -> None:
-    native = finished["dspark"].job
+    native, kind = finished[name].job, finished[name].kind
     report = dequantize(Dequantization(native.source, tmp_path / "plain"), Console(Mode.QUIET))
-    plain, grid = tensors(tmp_path / "plain"), tensors(base / "dspark-grid")
-    assert report["tensors"] == len(plain) == 399
+    plain, grid = tensors(tmp_path / "plain"), tensors(base / f"{kind}-grid")
+    assert report["tensors"] == len(plain) == {"dspark": 399, "mtp": 308}[kind]
     assert {name: raw(t) for name, t in plain.items()} == {name: raw(t) for name, t in grid.items()}
     assert verify(tmp_path / "plain", source=native.source, deep=True, progress=None).ok
     run(replace(native, source=tmp_path / "plain", out=tmp_path / "out"))
     ours, theirs = files(tmp_path / "out"), files(native.out)
-    assert {n for n in ours if ours[n] != theirs.get(n)} == {n for n in theirs if ours.get(n) != theirs[n]} == set()
+    # The model card says from which files it was made.
+    assert {name for name in ours | theirs if ours.get(name) != theirs.get(name)} == {"README.md"}
+
+
+PARTS = (0.02, 0.3, 0.55, 0.62, 0.69, 0.76, 0.83, 0.88, 0.92, 0.95, 0.97, 0.98, 0.99)
+"""Of the changes of the disk; the draft comes last."""
+KILLED = {
+    "dspark with FP8 linears": PARTS, "dspark": PARTS[5::3], "dspark in BF16": PARTS[5::3],
+    "dspark of BF16 off the grid": PARTS[4::4], "mtp with NVFP4 experts": PARTS[5::3],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def changes(finished: dict[str, Made], tmp_path_factory: pytest.TempPathFactory) -> int:
-    """How often a run with a DSpark draft changes the disk."""
-    job = replace(finished["dspark with FP8 linears"].job, out=tmp_path_factory.mktemp("counted") / "out")
-    return changes_of(lambda: run(job))
+def changes(finished: dict[str, Made], tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """How often a run with each of these drafts changes the disk."""
+    folder = tmp_path_factory.mktemp("counted")
+    jobs = {name: replace(finished[name].job, out=folder / name) for name in KILLED}
+    return {name: changes_of(lambda job=job: run(job)) for name, job in jobs.items()}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.55, 0.62, 0.69, 0.76, 0.83, 0.88, 0.92, 0.95, 0.97, 0.98, 0.99])
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in KILLED.items() for part in parts])
 def test_a_run_killed_after_this_part_of_its_writes_is_finished_by_the_same_command(
-    finished: dict[str, Made], changes: int, tmp_path: Path, part: float
+    name: str, part: float, finished: dict[str, Made], changes: dict[str, int], tmp_path: Path
 ) -> None:
-    whole = finished["dspark with FP8 linears"].job
+    whole = finished[name].job
     job = replace(whole, out=tmp_path / "out")
-    assert killed(lambda: run(job), int(part * changes))
+    assert killed(lambda: run(job), int(part * changes[name]))
     run(job)
     assert files(job.out) == files(whole.out)
 
 
-@pytest.mark.parametrize("name", ["dspark with FP8 linears", "mtp with NVFP4 experts"])
+@pytest.mark.parametrize(
+    "name", ["dspark with FP8 linears", "mtp with NVFP4 experts", "dspark in BF16", "dspark of BF16 off the grid"]
+)
 def test_two_ranks_write_the_bytes_of_one(name: str, finished: dict[str, Made], tmp_path: Path) -> None:
     job = finished[name].job
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(job.config.model_dump(mode="json")))
@@ -266,12 +303,19 @@ def test_eval_rounds_the_inputs_of_an_mtp_draft_with_nvfp4_experts(finished: dic
     assert result["emulated"] == {"float-quantized": 25, "nvfp4-pack-quantized": 144}
 
 
-@pytest.mark.parametrize("layers", [1, 2, None])
-def test_a_rehearsal_of_a_dspark_release_is_judged_without_a_difference(tmp_path: Path, layers: int | None) -> None:
+@pytest.mark.parametrize(
+    ("layers", "native", "draft"),
+    [(1, False, {"linears": "fp8"}), (2, True, {"linears": "fp8"}), (None, False, {"linears": "fp8"}),
+     (None, True, {}), (1, True, {"experts": "bf16"})],
+)  # fmt: skip
+def test_a_rehearsal_of_a_dspark_release_is_judged_without_a_difference(
+    tmp_path: Path, layers: int | None, native: bool, draft: dict[str, Any]
+) -> None:
     file = tmp_path / "release" / "config.json"
     file.parent.mkdir()
     file.write_text(json.dumps(with_draft(ToyConfig(), "dspark").as_config_json()))
-    wanted = Rehearsal(tmp_path / "out", config_of({"linears": "fp8"}), file, layers=layers, device="cpu")
+    wanted = Rehearsal(tmp_path / "out", config_of(draft), file, layers=layers, device="cpu", native=native)
     result = rehearse(wanted, Console(Mode.QUIET))
-    assert result["differences"] == [] and result["counts"]["mtp_tensors"] == 385
-    assert result["counts"]["exact"]["mtp: routed expert"] == 72
+    expected = 144 if "experts" in draft else 385 if "linears" in draft else 360
+    assert result["differences"] == [] and result["counts"]["mtp_tensors"] == expected
+    assert result["counts"]["exact"].get("mtp: routed expert", 0) == (0 if "experts" in draft else 72)
