@@ -11,6 +11,7 @@ Everything is frozen and unknown keys are refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -239,6 +240,27 @@ def _check_sections(raw: dict[Any, Any], where: str) -> None:
                 expected="keys, as docs/config.md lists them, or no such section",
                 found="nothing under it",
             )
+
+
+def config_of(canonical: Mapping[str, Any], recipe: str, where: str = "config") -> Config:
+    """The config that has this canonical form.
+
+    Args:
+        canonical: what `Config.canonical` gives.
+        recipe: recipe.yaml of the same run, in which are only the fields that its user set; else empty.
+
+    Raises:
+        KeyError: it is no such form.
+        ConfigError, RecipeError: as `parse_config`.
+    """
+    stated = canonical["recipe"]
+    groups = {name: Scheme.model_validate(group) for name, group in stated["config_groups"].items()}
+    whole = parse_config({**canonical, "recipe": library_recipe(groups, stated["ignore"])}, where)
+    try:
+        short = parse_config({**canonical, "recipe": yaml.load(recipe, _UniqueKeys)}, where)
+    except (yaml.YAMLError, ConfigError):
+        return whole
+    return short if short.canonical() == whole.canonical() else whole
 
 
 def _check_no_effect(config: Config, where: str) -> None:

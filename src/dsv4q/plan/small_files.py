@@ -55,6 +55,16 @@ def write_plain_files(
     _write_last(out, plan, report)
 
 
+def write_exported_files(
+    out: Path, source: Path, plan: ShardPlan, texts: Mapping[str, str], report: Mapping[str, Any]
+) -> None:
+    """`write_small_files` of an artifact in another tool's layout, whose config.json, card and others are `texts`."""
+    _carry(out, source, carried_files(source))
+    for name, text in texts.items():
+        write_atomic(out / name, text.encode())
+    _write_last(out, plan, report)
+
+
 def _other_files(source: Path) -> list[Path]:
     """Files beside the shards that are neither weights nor written anew."""
     anew = ("config.json", INDEX, REPORT)
