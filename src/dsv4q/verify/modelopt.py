@@ -16,7 +16,7 @@ Quantized are the routed experts of the main layers, and those of a draft whose 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, release_tensors
@@ -27,7 +27,7 @@ from dsv4q.layout import Dims, Shape, TensorSpec, source_tensors
 from dsv4q.verify.case import Case, Contract
 from dsv4q.verify.files import Header, Headers
 from dsv4q.verify.modelopt_config import judge_modelopt_config
-from dsv4q.verify.result import Log
+from dsv4q.verify.result import Difference, Log
 from dsv4q.verify.schemes import NVFP4, Nvfp4Scheme
 
 _SHOWN = {
@@ -63,6 +63,9 @@ class _ShownNvfp4(Nvfp4Scheme):
 @dataclass(frozen=True)
 class ModelOptContract(Contract):
     """What such an artifact must be; quantized experts under the names in which they are shown."""
+
+    told: list[Difference] = field(default_factory=list)
+    """Differences that speak of the files' own names already."""
 
     @classmethod
     def of_headers(cls, config: Mapping[str, Any], dims: Dims, headers: Headers, root_files: Mapping[str, Any],
@@ -121,8 +124,9 @@ class ModelOptContract(Contract):
         """See `Contract.finish`: pairs, and the files' own names in what was found."""
         if case.deep:
             _check_pairs(case)
+        own = {id(one) for one in self.told}
         case.log.differences[:] = [
-            one if one.tensor is None else replace(one, tensor=self._stored_name(one.tensor))
+            one if one.tensor is None or id(one) in own else replace(one, tensor=self._stored_name(one.tensor))
             for one in case.log.differences
         ]
 
@@ -164,6 +168,7 @@ class ModelOptContract(Contract):
                     "mtp" if name.startswith("mtp.") else "tensors",
                     tensor=name, file=found[0].file, expected=self.instead(name), found=found[0].text(),
                 )  # fmt: skip
+        self.told[:] = log.differences
         index = {self._shown_name(name): file for name, file in headers.index.items()}
         return replace(headers, holders=holders, index=index)
 
