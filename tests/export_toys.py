@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from dsv4q.checkpoint.files import INDEX
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
-from dsv4q.export import Export, export
+from dsv4q.export.job import Export
+from dsv4q.export.story import export
 from dsv4q.foreign.modelopt import COMPRESSED, MODELOPT
 from dsv4q.made_up.native import native_form
 from dsv4q.made_up.toy import ToyConfig, write_toy

@@ -29,7 +29,7 @@ TOY = str(CONFIGS / "toy.yaml")
 OPTIONS = {
     "toy": ["--config/-c", "--seed", "--grid", "--native", "--draft", "--json", "--quiet/-q"],
     "configs": ["--json", "--quiet/-q"],
-    "plan": ["--config/-c", "--ranks", "--gpu-memory", "--skeleton", "--json", "--quiet/-q"],
+    "plan": ["--config/-c", "--ranks", "--gpu-memory", "--layout", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [
         "--config/-c", "--data", "--split", "--device", "--gpu-memory", "--resume/--no-resume", "--dry-run", "--json",
         "--quiet/-q",

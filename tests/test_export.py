@@ -13,16 +13,24 @@ import pytest
 import torch
 
 from artifact_maker import edit
+from dsv4q.__main__ import main
 from dsv4q.checkpoint.files import INDEX
+from dsv4q.checkpoint.native import scan_source
 from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
 from dsv4q.dequantize import Dequantization, dequantize
+from dsv4q.diff import DiffRequest, diff
 from dsv4q.errors import ConfigError, Dsv4qError, OutputError, ResumeError, SourceError, UsageError, VerificationFailed
-from dsv4q.export import Export, links
+from dsv4q.export import links
+from dsv4q.export.job import Export
+from dsv4q.export.plan import plan_export
 from dsv4q.foreign.modelopt import COMPRESSED, MODELOPT, modelopt_tensors
 from dsv4q.layout import DTYPE_BYTES, Dims
 from dsv4q.made_up.native import grid_form, native_form
 from dsv4q.made_up.toy import write_toy
+from dsv4q.plan.plan import make_plan
+from dsv4q.report.page.write import PageRequest, write_report
+from dsv4q.verify.judge import verify_headers
 from export_toys import (
     EXPERT,
     TINY,
@@ -183,7 +191,7 @@ def test_an_artifact_without_our_report_goes_back_with_a_config(native: Path, ar
 def test_files_of_the_release_without_a_main_expert_are_the_same_files(native: Path, tmp_path: Path) -> None:
     source = one_file_a_block(native, tmp_path / "native")
     made = to_modelopt(quantized(source, tmp_path / "first"), source, tmp_path / "out")
-    shared = json.loads((made / "report.json").read_text())["files_of_the_source"]
+    shared = json.loads((made / "report.json").read_text())["artifact"]["files_of_the_source"]
     assert sorted(shared.values()) == [f"model-0000{n}-of-00005.safetensors" for n in (1, 4, 5)]  # embed, head, mtp.0
     for ours, theirs in shared.items():
         assert (made / ours).read_bytes() == (source / theirs).read_bytes()
@@ -221,9 +229,59 @@ def test_nothing_that_a_run_does_changes_the_release(native: Path, tmp_path: Pat
 
 
 def test_shards_are_balanced(native: Path, artifact: Path, modelopt: Path) -> None:
-    shared = json.loads((modelopt / "report.json").read_text())["files_of_the_source"]
+    shared = json.loads((modelopt / "report.json").read_text())["artifact"]["files_of_the_source"]
     sizes = [path.stat().st_size for path in modelopt.glob("*.safetensors") if path.name not in shared]
     assert max(sizes) < 1.25 * min(sizes)
+
+
+# ------------------------------------------------------------------------------------------------ the other commands
+
+
+def test_diff_finds_the_same_values_in_both_layouts(artifact: Path, modelopt: Path) -> None:
+    found = diff(DiffRequest(artifact, modelopt), Console(Mode.QUIET))
+    assert {pair["verdict"] for pair in found["tensors"]} == {"equal_values"}
+    assert found["only_b"] == [] and all(name.startswith("mtp.0.") for name in found["only_a"])  # the head's copies
+
+
+def test_two_artifacts_with_other_divisors_are_not_equal_by_their_reciprocals(artifact: Path, tmp_path: Path) -> None:
+    other, name = copy(artifact, tmp_path / "other"), f"{EXPERT}.input_global_scale"
+    divisors = torch.linspace(1.5, 2, 100)
+    following = divisors.nextafter(torch.tensor(2.0))
+    at = int((1 / divisors == 1 / following).nonzero()[0])
+    edit(other, {name: divisors[at : at + 1].clone()})
+    edit(copy(other, tmp_path / "next"), {name: following[at : at + 1].clone()})
+    (pair,) = diff(DiffRequest(other, tmp_path / "next"), Console(Mode.QUIET))["tensors"]
+    assert pair["verdict"] == "different"
+
+
+def test_the_plan_says_what_an_export_will_write(native: Path, artifact: Path, modelopt: Path) -> None:
+    with scan_source(native) as source:
+        planned = plan_export(source, make_plan(source, at_toy_size(load_config(CONFIGS / "toy.yaml")))).as_dict()
+    made = json.loads((modelopt / "report.json").read_text())["artifact"]
+    assert {key: made[key] for key in planned} == planned
+
+
+def test_a_skeleton_of_flash_has_every_tensor_and_no_data(tmp_path: Path) -> None:
+    arguments = ["--config", "nvfp4-fp8-mtp", "--layout", "modelopt", "--skeleton", str(tmp_path / "out"), "--quiet"]
+    with pytest.raises(SystemExit) as done:
+        main(["plan", str(FLASH), *arguments])
+    assert not done.value.code
+    result = verify_headers(tmp_path / "out")
+    assert result.ok and (result.tensors, result.bytes) == (135_235, 168_266_793_544)
+
+
+@pytest.mark.parametrize(("form", "config", "told"), [("bf16", "toy", "BF16"), ("native", "w4a16-fp8-mtp", "NVFP4")])
+def test_the_plan_says_why_there_can_be_no_export(tmp_path: Path, form: str, config: str, told: str) -> None:
+    root = write_toy(tmp_path / "source", TINY, form=grid_form() if form == "bf16" else native_form()).out
+    with scan_source(root) as source, pytest.raises(Dsv4qError, match=told):
+        plan_export(source, make_plan(source, at_toy_size(load_config(CONFIGS / f"{config}.yaml"))))
+
+
+def test_the_page_of_an_export_shows_what_the_run_found(modelopt: Path, tmp_path: Path) -> None:
+    made = write_report(PageRequest(modelopt, tmp_path / "page.html", deep=True), lambda *_: None)
+    assert not made.gaps and made.checked is not None and not made.checked.differences
+    page = (tmp_path / "page.html").read_text()
+    assert "to modelopt&#39;s layout" in page or "to modelopt's layout" in page
 
 
 # ------------------------------------------------------------------------------------------------ kills and resumes

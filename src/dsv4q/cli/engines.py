@@ -30,12 +30,13 @@ def export(
     Bytes are copied: experts from the artifact, everything else from the native release. It can be stopped at any
     moment: the same command goes on where it was. No GPU is used.
     """
-    from dsv4q import export as story
     from dsv4q.config import load_config
+    from dsv4q.export import story
+    from dsv4q.export.job import Export
 
     console = console_of(as_json, quiet, is_first_rank)
     parsed = None if config is None else load_config(config)
-    report = story.export(story.Export(artifact, out, source, layout, parsed, resume), console)
+    report = story.export(Export(artifact, out, source, layout, parsed, resume), console)
     console.data(report)
     made = report["artifact"]
     console.print(

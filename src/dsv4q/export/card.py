@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from dsv4q.checkpoint.shards import ShardPlan
-from dsv4q.layout import Dims
 from dsv4q.plan.modelcard import source_license
 
 _CARD = """\
@@ -33,7 +32,7 @@ vLLM too.
 """
 
 
-def modelopt_card(plan: ShardPlan, dims: Dims, source: Path) -> str:
+def modelopt_card(plan: ShardPlan, source: Path) -> str:
     """The text; the same for every export of the same artifact."""
     identifier, text = source_license(source)
     front: dict[str, Any] = {"license": identifier or "other"}

@@ -17,9 +17,10 @@ from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config, config_of
 from dsv4q.errors import ConfigError, SourceError, VerificationFailed, first_problem
 from dsv4q.export.job import Export, Made, Parcel, reciprocal_of, scalar
-from dsv4q.export.modelopt import RECIPE, open_native
+from dsv4q.export.modelopt import RECIPE
+from dsv4q.export.plan import native_release
 from dsv4q.export.together import check_dims, check_pin, check_witnesses, compare_untouched
-from dsv4q.foreign.modelopt import MODELOPT, StoredTensor, expert_tensors, is_main_expert
+from dsv4q.foreign.modelopt import COMPRESSED, MODELOPT, StoredTensor, expert_tensors, is_main_expert
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.encode import fp8_block_encode
 from dsv4q.formats.exact import fp8_block_scales
@@ -44,7 +45,7 @@ class ToCompressed:
     ) -> None:
         self.job, self.artifact = job, artifact
         self.dims = Dims.from_config(source.config, source.config_file)
-        self.source: NativeCheckpoint = open_native(job, source, self.dims)
+        self.source: NativeCheckpoint = native_release(source, self.dims)
         report = made_by or {}
         self.origin: Mapping[str, Any] = report.get("origin") or {}
         self.config = job.config or self._config()
@@ -191,8 +192,13 @@ class ToCompressed:
 
     # ------------------------------------------------------------------------------------------------ files
 
+    def summary(self) -> dict[str, Any]:
+        """See `Direction.summary`."""
+        found: dict[str, Any] = self.plan.as_dict()["artifact"]
+        return {"layout": COMPRESSED, **found}
+
     def facts(self) -> dict[str, Any]:
-        """The report of the run that made the first artifact, if it is known."""
+        """See `Direction.facts`: the report of the run that made the first artifact, if it is known."""
         return {"is_pinned": self.is_pinned, "proven": bool(self.digests), "origin": self.origin or None}
 
     def write_small_files(self, report: Mapping[str, Any]) -> None:

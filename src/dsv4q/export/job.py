@@ -85,6 +85,9 @@ class Direction(Protocol):
             VerificationFailed: it should have been another one.
         """
 
+    def summary(self) -> dict[str, Any]:
+        """What OUT consists of, as the report of a run says it of its artifact."""
+
     def facts(self) -> dict[str, Any]:
         """More for report.json."""
 

@@ -18,15 +18,16 @@ from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.output import already_there, check_output, disk_problem, place_problem
 from dsv4q.checkpoint.pipes import loaded_ahead
-from dsv4q.checkpoint.shards import PlannedShard, ShardPlan, blocks_of
+from dsv4q.checkpoint.shards import ShardPlan
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
-from dsv4q.errors import SourceError, UsageError
+from dsv4q.errors import SourceError
 from dsv4q.export.compressed import ToCompressed
 from dsv4q.export.job import Direction, Export, open_artifact, parcels_of
 from dsv4q.export.links import needs_no_room, take_over
 from dsv4q.export.modelopt import ToModelOpt
+from dsv4q.export.plan import check_layout
 from dsv4q.foreign.modelopt import COMPRESSED, MODELOPT, layout_of
 from dsv4q.host import free_bytes, stoppable
 from dsv4q.verify.judge import require_verified
@@ -45,9 +46,7 @@ def export(job: Export, console: Console) -> dict[str, Any]:
         Dsv4qError: a named reason; finished blocks are kept and the same command goes on from there.
     """
     begin = time.time()
-    if job.layout not in _LAYOUTS:
-        expected = " or ".join(_LAYOUTS)
-        raise UsageError("There is no such layout", where="--layout", expected=expected, found=job.layout)
+    check_layout(job.layout)
     for folder in (job.artifact, job.source):
         check_output(job.out, folder)
     artifact, made_by = open_artifact(job.artifact)
@@ -74,7 +73,7 @@ def export(job: Export, console: Console) -> dict[str, Any]:
                 "command": "export",
                 "layout": job.layout,
                 "made_from": {"artifact": str(job.artifact), "source": str(job.source)},
-                "artifact": _summary(direction),
+                "artifact": direction.summary(),
                 "seconds": round(time.time() - begin, 3),
                 "blocks": list(journal.done.values()),
                 **direction.facts(),
@@ -174,30 +173,3 @@ def _line(
         journal.finish_block(block, {"digest": digest, **({"divisors": dict(divisors)} if divisors else {})})
 
     return on_disk
-
-
-def _summary(direction: Direction) -> dict[str, Any]:
-    """What OUT consists of, as report.json of a run has it."""
-    plan = direction.plan
-    mtp = [tensor for tensor in plan.tensors if tensor.spec.is_mtp]
-    return {
-        "tensors": len(plan.tensors),
-        "bytes": plan.artifact_bytes,
-        "mtp_tensors": len(mtp),
-        "mtp_bytes": sum(tensor.nbytes for tensor in mtp),
-        "shards": [
-            {
-                "file": s.file,
-                "tensors": len(s.tensors),
-                "bytes": _size(direction, s),
-                "blocks": blocks_of(s),
-            }
-            for s in plan.shards
-        ],
-    }
-
-
-def _size(direction: Direction, shard: PlannedShard) -> int:
-    """Of a shard's file; one that is the source's has the source's header."""
-    path = direction.whole.get(shard.file)
-    return shard.nbytes if path is None else path.stat().st_size

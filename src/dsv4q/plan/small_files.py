@@ -61,7 +61,7 @@ def write_exported_files(
     """`write_small_files` of an artifact in another tool's layout, whose config.json, card and others are `texts`."""
     _carry(out, source, carried_files(source))
     for name, text in texts.items():
-        write_atomic(out / name, text.encode())
+        write_atomic(out / name, text)
     _write_last(out, plan, report)
 
 
@@ -99,6 +99,21 @@ def write_skeleton(out: Path, source: Path, plan: Plan) -> None:
     Raises:
         OutputError: `out` exists and is not empty, or lies inside the source.
     """
+    folder = _begin_skeleton(out, source, plan)
+    _write_plan_files(out, folder, plan)
+    write_atomic(out / INDEX, index_text(plan))
+
+
+def write_exported_skeleton(out: Path, source: Path, plan: ShardPlan, texts: Mapping[str, str]) -> None:
+    """`write_skeleton` of an artifact in another tool's layout; see `write_exported_files`."""
+    _begin_skeleton(out, source, plan)
+    for name, text in texts.items():
+        write_atomic(out / name, text)
+    write_atomic(out / INDEX, index_text(plan))
+
+
+def _begin_skeleton(out: Path, source: Path, plan: ShardPlan) -> Path:
+    """Sparse shards and what is carried; the source's folder."""
     if source.is_dir():
         check_output(out, source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -109,5 +124,4 @@ def write_skeleton(out: Path, source: Path, plan: Plan) -> None:
     write_sparse_shards(out, plan)
     folder = source if source.is_dir() else source.parent
     _carry(out, folder, carried_files(folder))
-    _write_plan_files(out, folder, plan)
-    write_atomic(out / INDEX, index_text(plan))
+    return folder
