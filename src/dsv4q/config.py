@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dsv4q.data.spec import Calibration
 from dsv4q.errors import ConfigError, RecipeError
-from dsv4q.recipe.recipe import explain, groups_of, ignored
+from dsv4q.recipe.recipe import explain, groups_of, ignored, library_recipe
 from dsv4q.recipe.schemes import Scheme
 
 
@@ -242,12 +242,8 @@ def _check_sections(raw: dict[Any, Any], where: str) -> None:
             )
 
 
-def config_of(canonical: Mapping[str, Any], recipe: str, where: str = "config") -> Config:
-    """The config that has this canonical form.
-
-    Args:
-        canonical: what `Config.canonical` gives.
-        recipe: recipe.yaml of the same run, in which are only the fields that its user set; else empty.
+def config_of(canonical: Mapping[str, Any], where: str = "config") -> Config:
+    """The config that has this canonical form (`Config.canonical`).
 
     Raises:
         KeyError: it is no such form.
@@ -255,12 +251,7 @@ def config_of(canonical: Mapping[str, Any], recipe: str, where: str = "config") 
     """
     stated = canonical["recipe"]
     groups = {name: Scheme.model_validate(group) for name, group in stated["config_groups"].items()}
-    whole = parse_config({**canonical, "recipe": library_recipe(groups, stated["ignore"])}, where)
-    try:
-        short = parse_config({**canonical, "recipe": yaml.load(recipe, _UniqueKeys)}, where)
-    except (yaml.YAMLError, ConfigError):
-        return whole
-    return short if short.canonical() == whole.canonical() else whole
+    return parse_config({**canonical, "recipe": library_recipe(groups, stated["ignore"])}, where)
 
 
 def _check_no_effect(config: Config, where: str) -> None:

@@ -66,14 +66,12 @@ class ToCompressed:
 
     def _config(self) -> Config:
         """What the run was asked to make that the artifact comes from."""
-        recipe = self.artifact.root / RECIPE
-        text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
         try:
             canonical = dict(self.origin["identity"]["config"])
             if canonical.get("calibration"):  # an identity knows data by its digest, not by its name
                 named = {"dataset": self.origin["calibration"]["dataset"]}
                 canonical["calibration"] = {**canonical["calibration"], **named}
-            return config_of(canonical, text, f"{self.artifact.root}/report.json")
+            return config_of(canonical, f"{self.artifact.root}/report.json")
         except KeyError:
             raise ConfigError(
                 "The artifact's report.json does not say what was made",
@@ -203,4 +201,6 @@ class ToCompressed:
 
     def write_small_files(self, report: Mapping[str, Any]) -> None:
         """See `Direction.write_small_files`: by the code that writes them for quantize."""
-        write_small_files(self.job.out, self.source.root, self.plan, report)
+        recipe = self.artifact.root / RECIPE
+        text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
+        write_small_files(self.job.out, self.source.root, self.plan, report, text)
