@@ -33,8 +33,10 @@ def native_toy(root: Path, toy: ToyConfig = TINY, seed: int = 0) -> Path:
     return write_toy(root, toy, seed, native_form()).out
 
 
-def quantized(source: Path, out: Path, config: str = "toy") -> Path:
-    quantize(Job(source, out, at_toy_size(load_config(CONFIGS / f"{config}.yaml")), device="cpu"), Console(Mode.QUIET))
+def quantized(source: Path, out: Path, config: str = "toy", **draft: object) -> Path:
+    parsed = at_toy_size(load_config(CONFIGS / f"{config}.yaml"))
+    parsed = parsed.model_copy(update={"draft": parsed.draft.model_copy(update=draft)})
+    quantize(Job(source, out, parsed, device="cpu"), Console(Mode.QUIET))
     return out
 
 

@@ -16,21 +16,20 @@ from dsv4q.checkpoint.shards import PlannedTensor
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config, config_of
 from dsv4q.errors import ConfigError, SourceError, VerificationFailed, first_problem
+from dsv4q.export.exact import fp8_linear, nvfp4_expert
 from dsv4q.export.job import Export, Made, Parcel, reciprocal_of, scalar
 from dsv4q.export.modelopt import RECIPE
 from dsv4q.export.plan import native_release
 from dsv4q.export.together import check_dims, check_pin, check_witnesses, compare_untouched
 from dsv4q.foreign.modelopt import COMPRESSED, MODELOPT, StoredTensor, expert_tensors, is_main_expert
-from dsv4q.formats.dtypes import torch_dtypes
-from dsv4q.formats.encode import fp8_block_encode
-from dsv4q.formats.exact import fp8_block_scales
 from dsv4q.formats.scalars import to_bytes
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.plan.plan import make_plan
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.recipe.schemes import FLOAT, NVFP4
 
-_EXACT = "exact_fp8_block"
+_EXACT = {True: (FLOAT, "exact_fp8_block"), False: (NVFP4, "exact_nvfp4")}
+"""Format and observer whose bytes can be made again: of other linears, and of routed experts."""
 
 
 class ToCompressed:
@@ -54,6 +53,7 @@ class ToCompressed:
         self.divisors: dict[str, float] = {}
         for block in report.get("blocks", []):
             self.divisors |= block.get("divisors", {})
+        self.draft_inputs: Mapping[str, float] = report.get("draft_inputs") or {}
         blocks = [] if job.config else self.origin.get("blocks", [])
         self.digests = {block["block"]: block["digest"] for block in blocks}
         self.is_pinned = check_pin(made_by, source, artifact)
@@ -109,15 +109,14 @@ class ToCompressed:
         for tensor in (tensor for tensor in self.plan.tensors if tensor.encoded):
             group = self.plan.group_of[tensor.spec.module]
             scheme = self.config.groups[group]
-            if is_main_expert(tensor.spec):
-                if scheme.compression_format != NVFP4:
-                    self._cannot(f"config_groups.{group}.format", NVFP4, str(scheme.compression_format))
-            elif (scheme.compression_format, scheme.weights.observer) != (FLOAT, _EXACT):
-                expected = f"{FLOAT} with weights by {_EXACT}"
-                found = (
-                    f"{scheme.compression_format} with weights by {scheme.weights.observer or 'minimum and maximum'}"
-                )
-                self._cannot(f"config_groups.{group} ({tensor.spec.module})", expected, found)
+            wanted = _EXACT[tensor.spec.expert is None]
+            found = scheme.compression_format, scheme.weights.observer or "memoryless_minmax"
+            if found[0] != wanted[0] or (found[1] != wanted[1] and not is_main_expert(tensor.spec)):
+                expected = "{} with weights by {}".format(*wanted)
+                self._cannot(f"config_groups.{group} ({tensor.spec.module})", expected, "{} by {}".format(*found))
+            if tensor.spec.is_mtp and tensor.spec.expert is not None and not self.draft_inputs:
+                expected = "the draft's input scales in report.json, one for each projection of a block"
+                self._cannot(tensor.name, expected, "none, and nothing else has them")
         if self.digests:  # the run of ours that wrote them has noted what the reciprocals do not tell
             return
         for twin in (twin for twin in self.experts if twin.endswith(".weight_global_scale")):
@@ -151,6 +150,17 @@ class ToCompressed:
                 made.data.append((tensor.name, encoded[tensor.name]))
         return made
 
+    def _encoded(self, parcel: Parcel) -> dict[str, bytes]:
+        """The tensors of a linear of attention, or of the draft, or of an expert of the draft, by name."""
+        specs = list(dict.fromkeys(tensor.spec for tensor in parcel.tensors))
+        if specs[0].expert is not None:
+            projections = ("w1", "w2", "w3")
+            return nvfp4_expert(self.source, specs, {p: self.draft_inputs[f"{parcel.block}.{p}"] for p in projections})
+        (spec,) = specs
+        compare_untouched(self.artifact, self.source, spec)
+        scale = next(tensor for tensor in parcel.tensors if tensor.name.endswith(".weight_scale"))
+        return fp8_linear(self.source, spec, scale.dtype)
+
     def _expert_part(self, tensor: PlannedTensor) -> memoryview | bytes:
         stored = self.experts[tensor.name]
         if not stored.inverse:
@@ -160,18 +170,6 @@ class ToCompressed:
         if divisor is None or reciprocal_of(divisor, tensor.name) != multiplier:
             divisor = reciprocal_of(multiplier, stored.name)
         return to_bytes(divisor)
-
-    def _encoded(self, parcel: Parcel) -> dict[str, bytes]:
-        """FP8 codes and scales of an attention projection, as `exact_fp8_block` has them, by name."""
-        import torch
-
-        spec, dtypes = parcel.tensors[0].spec, {tensor.name: tensor.dtype for tensor in parcel.tensors}
-        codes, scales = f"{spec.module}.weight", f"{spec.module}.weight_scale"
-        compare_untouched(self.artifact, self.source, spec)
-        weight = self.source.tensor(spec.name)
-        scale = fp8_block_scales(weight).to(torch_dtypes()[dtypes[scales]])
-        stored = {codes: fp8_block_encode(weight, scale), scales: scale}
-        return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in stored.items()}
 
     def check_whole(self, tensors: Sequence[PlannedTensor]) -> None:
         """See `Direction.check_whole`: there are none."""

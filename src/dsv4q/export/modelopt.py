@@ -5,6 +5,7 @@ No number is computed but the reciprocals of two scalars for each expert's linea
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,16 @@ class ToModelOpt:
 
     def facts(self) -> dict[str, Any]:
         """See `Direction.facts`: what the way back needs, the artifact's own report."""
-        return {"is_pinned": self.is_pinned, "origin": self.made_by}
+        return {"is_pinned": self.is_pinned, "draft_inputs": self._draft_inputs(), "origin": self.made_by}
+
+    def _draft_inputs(self) -> dict[str, float]:
+        """`block.projection` -> divisor of its inputs, of a draft with NVFP4 experts: one for all, by the bounds."""
+        found: dict[str, set[float]] = defaultdict(set)
+        for name in self.artifact.tensors:
+            if name.startswith("mtp.") and name.endswith(".input_global_scale"):
+                block, _, rest = name.partition(".ffn.experts.")
+                found[f"{block}.{rest.split('.')[1]}"].add(scalar(self.artifact, name))
+        return {key: min(values) for key, values in found.items() if all(len(v) == 1 for v in found.values())}
 
     def write_small_files(self, report: Mapping[str, Any]) -> None:
         """See `Direction.write_small_files`."""
