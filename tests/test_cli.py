@@ -29,7 +29,7 @@ TOY = str(CONFIGS / "toy.yaml")
 OPTIONS = {
     "toy": ["--config/-c", "--seed", "--grid", "--native", "--draft", "--json", "--quiet/-q"],
     "configs": ["--json", "--quiet/-q"],
-    "plan": ["--config/-c", "--ranks", "--gpu-memory", "--skeleton", "--json", "--quiet/-q"],
+    "plan": ["--config/-c", "--ranks", "--gpu-memory", "--layout", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [
         "--config/-c", "--data", "--split", "--device", "--gpu-memory", "--resume/--no-resume", "--dry-run", "--json",
         "--quiet/-q",
@@ -39,6 +39,7 @@ OPTIONS = {
         "--json", "--quiet/-q",
     ],
     "dequantize": ["--shards", "--device", "--resume/--no-resume", "--json", "--quiet/-q"],
+    "export": ["--layout", "--source", "--config/-c", "--resume/--no-resume", "--json", "--quiet/-q"],
     "verify-shards": ["--source", "--deep", "--device", "--json", "--quiet/-q"],
     "report": ["--out/-o", "--verify", "--verification", "--json", "--quiet/-q"],
     "eval": [
@@ -50,7 +51,7 @@ OPTIONS = {
 
 ARGUMENTS = {
     "toy": ["OUT"], "configs": ["NAME"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
-    "dequantize": ["NATIVE", "OUT"],
+    "dequantize": ["NATIVE", "OUT"], "export": ["ARTIFACT", "OUT"],
     "verify-shards": ["ARTIFACT"], "report": ["ARTIFACT"], "eval": ["ARTIFACT"], "diff": ["A", "B"],
 }  # fmt: skip
 

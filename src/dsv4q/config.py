@@ -11,6 +11,7 @@ Everything is frozen and unknown keys are refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dsv4q.data.spec import Calibration
 from dsv4q.errors import ConfigError, RecipeError
-from dsv4q.recipe.recipe import explain, groups_of, ignored
+from dsv4q.recipe.recipe import explain, groups_of, ignored, library_recipe
 from dsv4q.recipe.schemes import Scheme
 
 
@@ -239,6 +240,18 @@ def _check_sections(raw: dict[Any, Any], where: str) -> None:
                 expected="keys, as docs/config.md lists them, or no such section",
                 found="nothing under it",
             )
+
+
+def config_of(canonical: Mapping[str, Any], where: str = "config") -> Config:
+    """The config that has this canonical form (`Config.canonical`).
+
+    Raises:
+        KeyError: it is no such form.
+        ConfigError, RecipeError: as `parse_config`.
+    """
+    stated = canonical["recipe"]
+    groups = {name: Scheme.model_validate(group) for name, group in stated["config_groups"].items()}
+    return parse_config({**canonical, "recipe": library_recipe(groups, stated["ignore"])}, where)
 
 
 def _check_no_effect(config: Config, where: str) -> None:

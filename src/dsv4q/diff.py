@@ -198,7 +198,9 @@ def _pieces(pair: TensorPair, first: Checkpoint, second: Checkpoint) -> Iterator
 
 @torch.no_grad()
 def _compare_values(pair: TensorPair, a: Parts, b: Parts, device: torch.device) -> None:
-    mine, yours = _SideValues(pair.a, a, device), _SideValues(pair.b, b, device)
+    # A multiplier that was made of a divisor is its reciprocal in F32; two divisors differ wherever they do.
+    kind = torch.float32 if pair.a.reciprocal != pair.b.reciprocal else torch.float64
+    mine, yours = _SideValues(pair.a, a, device, kind), _SideValues(pair.b, b, device, kind)
     step = math.lcm(mine.step, yours.step)
     at_once = max(1, ROWS_AT_ONCE[device.type] // max(mine.columns, 1) // step) * step
     for begin in range(0, mine.rows, at_once):
@@ -207,12 +209,16 @@ def _compare_values(pair: TensorPair, a: Parts, b: Parts, device: torch.device) 
 
 
 class _SideValues:
-    """One side of what is compared as numbers, some rows at a time."""
+    """One side of what is compared as numbers, some rows at a time.
 
-    def __init__(self, logical: Logical, parts: Parts, device: torch.device) -> None:
+    Args:
+        kind: in which reciprocals are computed.
+    """
+
+    def __init__(self, logical: Logical, parts: Parts, device: torch.device, kind: torch.dtype) -> None:
         there = {suffix: tensor.to(device) for suffix, tensor in parts.items()}
         self._coded = None if logical.encoding is None else StoredRows(logical.encoding, there, logical.shape)
-        self._reciprocal = logical.reciprocal
+        self._reciprocal = kind if logical.reciprocal else None
         plain = next(iter(there.values()))
         # Whole, it has the rows and columns of the quantized other side; else it is a flat piece.
         self._plain = plain if plain.ndim == 2 else plain.reshape(-1, 1)
@@ -223,4 +229,4 @@ class _SideValues:
         if self._coded is not None:
             return self._coded.rows(begin, end)
         piece = self._plain[begin:end]
-        return piece.to(torch.float64).reciprocal() if self._reciprocal else piece
+        return piece if self._reciprocal is None else 1 / piece.to(self._reciprocal)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from dsv4q import __version__
-from dsv4q.cli import looking, making
+from dsv4q.cli import engines, looking, making
 from dsv4q.errors import Interrupted
 
 
@@ -23,7 +23,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             kept = "what was finished is kept; the same command goes on from there"
-            hint = kept if ctx.invoked_subcommand in ("quantize", "dequantize") else None
+            hint = kept if ctx.invoked_subcommand in ("quantize", "dequantize", "export") else None
             raise Interrupted("Stopped before the end", hint=hint) from None
 
 
@@ -55,6 +55,7 @@ def _options(
 
 for make in (making.toy, making.configs, making.plan, making.quantize, making.rehearse, making.dequantize):
     app.command()(make)
+app.command()(engines.export)
 app.command("verify-shards")(looking.verify_shards)
 app.command()(looking.report)
 app.command("eval")(looking.eval_)

@@ -11,7 +11,7 @@ import typer
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.cli.options import ConfigFile, GpuMemory, Json, Quiet, Resume
 from dsv4q.console import console_of, human_bytes
-from dsv4q.errors import UsageError, command
+from dsv4q.errors import Dsv4qError, UsageError, command
 from dsv4q.host import free_bytes, is_first_rank
 
 
@@ -75,6 +75,9 @@ def plan(
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, max=4096, help="Say what each of so many ranks would do.")] = 1,
     gpu_memory: GpuMemory = None,
+    layout: Annotated[
+        str, typer.Option(help="compressed-tensors, or modelopt: also what `export` would make of it.")
+    ] = "compressed-tensors",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -83,6 +86,7 @@ def plan(
     Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
     from dsv4q.config import load_config
+    from dsv4q.export.plan import ExportPlan, check_layout, plan_export
     from dsv4q.plan.needs import gpu_problem
     from dsv4q.plan.plan import make_plan, with_problem
     from dsv4q.plan.work import WorkTable
@@ -91,21 +95,34 @@ def plan(
 
     console = console_of(as_json, quiet, is_first_rank)
     parsed = load_config(config)
+    exported: ExportPlan | None = None
     with scan_source(source) as checkpoint:
         made = make_plan(checkpoint, parsed, free_disk=free_bytes(skeleton or Path.cwd()))
         if checkpoint.has_weights:
             made = with_problem(made, tokenizer_finding(parsed, source), stops=parsed.needs_data)
+        if check_layout(layout):
+            try:
+                exported = plan_export(checkpoint, made)
+            except Dsv4qError as error:
+                made = with_problem(made, error)
     made = with_problem(made, gpu_problem(made.estimate, gpu_memory))
     shares = WorkTable(made, ranks).by_rank() if ranks > 1 else []
-    console.data(made.as_dict() | ({"ranks": shares} if shares else {}))
+    others = {"ranks": shares, "exported": None if exported is None else exported.as_dict()}
+    console.data(made.as_dict() | {name: value for name, value in others.items() if value})
     show_plan(made, console, gpu_memory)
+    if exported is not None:
+        exported.show(console)
     if shares:
         show_ranks(shares, console)
     if skeleton is not None and not made.problems:
-        from dsv4q.plan.small_files import write_skeleton
+        from dsv4q.plan.small_files import write_exported_skeleton, write_skeleton
 
-        write_skeleton(skeleton, source, made)
-        console.talk(f"skeleton of {len(made.shards)} sparse shards written to {skeleton}")
+        if exported is None:
+            write_skeleton(skeleton, source, made)
+        else:
+            write_exported_skeleton(skeleton, source, exported.shards, exported.texts)
+        written = made if exported is None else exported.shards
+        console.talk(f"skeleton of {len(written.shards)} sparse shards written to {skeleton}")
     if made.problems:
         raise typer.Exit(1)
 

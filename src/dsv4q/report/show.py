@@ -192,7 +192,7 @@ def show_verification(result: VerifyResult, console: Console, pin: Pin | None = 
     for note in result.notes:
         console.print(note)
     show_differences([difference.as_dict() for difference in result.differences], console)
-    kind = "BF16 checkpoint, " if result.kind == "plain" else ""
+    kind = {"plain": "BF16 checkpoint, ", "modelopt": "ModelOpt's layout, "}.get(result.kind, "")
     verdict = "as it must be" if result.ok else f"{len(result.differences):,} difference(s)"
     console.print(
         f"{result.artifact}: {kind}{result.tensors:,} tensors, {result.mtp_tensors} of them mtp.*, "

@@ -29,7 +29,7 @@ from dsv4q.checkpoint.writer import BackgroundWriter, block_digest
 from dsv4q.data.tokens import CalibrationData
 from dsv4q.errors import DeviceError
 from dsv4q.formats.kernels import warm_up
-from dsv4q.host import memory_now
+from dsv4q.host import memory_now, prompt_threads
 from dsv4q.model.upstream import quiet_libraries
 from dsv4q.plan.needs import GpuUse
 from dsv4q.plan.plan import Plan
@@ -153,7 +153,7 @@ class BlockLoop:
             RankError: another rank is gone, or observers need to see all batches in order.
         """
         tasks = [*self._again(), *self._todo()]
-        with Handover(self.writer, self.device) as handover, Behind(1, 1) as ahead:
+        with prompt_threads(), Handover(self.writer, self.device) as handover, Behind(1, 1) as ahead:
             ahead.put(partial(warm_up, self.device))
             worker = self._worker(handover, frozenset(task.name for task in tasks if task.encode))
             loader = self._loader(worker)

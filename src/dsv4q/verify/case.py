@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.layout import Dims, Shape, TensorSpec, head_copies, source_tensors
 from dsv4q.verify.config import judge_config
-from dsv4q.verify.files import Header
+from dsv4q.verify.files import Header, Headers
 from dsv4q.verify.result import ClassErrors, Log
 from dsv4q.verify.schemes import StoredScheme
 
@@ -71,6 +71,31 @@ class Contract:
                 continue
             if all(f"{module}.{suffix}" in here for suffix in scheme.stored(spec.shape)):
                 yield spec, scheme
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the judge sees names and bytes as they lie in the files."""
+        return True
+
+    @property
+    def reader(self) -> type[Checkpoint]:
+        """Brings the bytes of the artifact as the judge sees them."""
+        return Checkpoint
+
+    def shown(self, headers: Headers, log: Log) -> Headers:
+        """The headers as the judge sees them."""
+        return headers
+
+    def seen(self, source: Checkpoint) -> Checkpoint:
+        """The source as the judge sees it.
+
+        Raises:
+            SourceError: it is not of the kind that all must be equal to.
+        """
+        return source
+
+    def finish(self, case: Case) -> None:
+        """What is left to say when everything has been seen."""
 
     def text(self, name: str) -> str:
         """Dtypes and shape that a tensor must have."""

@@ -7,7 +7,8 @@ writer; with them it shares what a number and a file are: `formats`, `layout`, a
 artifact's own recipe.yaml it asks only which observers are exact. Exact sets, never thresholds: the consumer loads an
 artifact with a missing expert, a missing scale or a scale of the wrong dtype in silence.
 
-A checkpoint without quantization_config is plain: every tensor of the layout in the layout's dtype, no recipe.yaml.
+A checkpoint without quantization_config is plain: every tensor of the layout in the layout's dtype, no recipe.yaml. An
+artifact in ModelOpt's layout is shown to the judge in terms that it knows (`modelopt.py`).
 
 There is one judge. `verify` feeds it all shards at once, so that differences are told in the order of the layout and a
 linear may lie in several shards; `rehearse` feeds it each shard as it becomes whole, and deletes it.
@@ -20,10 +21,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.checkpoint.headers import TensorEntry
@@ -33,12 +34,13 @@ from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError, VerificationFailed, command
 from dsv4q.host import compute_alone, cores, usable_device
 from dsv4q.layout import Dims
-from dsv4q.verify.case import COMPRESSED, Case, Contract
+from dsv4q.verify.case import Case, Contract
 from dsv4q.verify.config import judge_model_config
 from dsv4q.verify.digests import NONE, compare_digests, reported_digests
 from dsv4q.verify.exactness import promised_linears
 from dsv4q.verify.files import Header, Headers, check_files, check_index, read_header, read_shards
-from dsv4q.verify.result import Difference, Log, VerifyResult, reason
+from dsv4q.verify.kinds import contract_of, kind_of
+from dsv4q.verify.result import PLAIN, QUANTIZED, Difference, Log, VerifyResult, reason
 from dsv4q.verify.schemes import FP8
 from dsv4q.verify.source import compare_folders, require_comparable
 
@@ -90,27 +92,29 @@ def verify(
     config, log = load_model_config(artifact), Log()
     dims = Dims.from_config(config, artifact / "config.json")
     headers = read_shards(artifact, log)
-    plain = _is_plain(config, headers)
-    check_files(artifact, headers, not plain, log)
+    kind = kind_of(config, headers)
+    check_files(artifact, headers, kind == QUANTIZED, log)
     check_index(headers, log)
-    contract = Contract.of(config, dims, log, plain=plain)
+    contract = contract_of(artifact, config, dims, headers, kind, log)
     if source is None:
         judge_model_config(config, dims, log)
-    promised = frozenset() if plain else promised_linears(artifact, contract.specs, log)
-    reported = reported_digests(artifact) if deep and source is None else {}
+    promised = frozenset() if kind == PLAIN else promised_linears(artifact, contract.specs, log)
+    reported = reported_digests(artifact) if deep and source is None and contract.as_stored else {}
     place = usable_device(device) if deep or source is not None else None
     with nullcontext() if source is None else scan_source(source) as original:
         if original is not None:
             require_comparable(original, contract)
+            original = contract.seen(original)
         judge = Judge(
             artifact, contract, log, source=original, deep=deep, device=place, promised=promised, hashed=bool(reported)
         )
-        judge.all_shards(headers, progress)
+        judge.all_shards(contract.shown(headers, log), progress)
         if reported:
             compare_digests(judge.case, reported)
+        contract.finish(judge.case)
     return VerifyResult(
         artifact=str(artifact),
-        kind="plain" if plain else "quantized",
+        kind=kind,
         tensors=len(headers.holders),
         shards=headers.shards,
         bytes=headers.nbytes,
@@ -141,12 +145,6 @@ def require_verified(out: Path) -> VerifyResult:
             hint=f"{command('dsv4q', 'verify-shards', out)} lists all; if it was only just made, please report this",
         )
     return result
-
-
-def _is_plain(config: Mapping[str, Any], headers: Headers) -> bool:
-    """No quantization_config, and no tensor that only an artifact has: one that lost its config must not pass."""
-    names = headers.holders.keys() | headers.index.keys()
-    return config.get("quantization_config") is None and not any(name.endswith(COMPRESSED) for name in names)
 
 
 class Judge:
@@ -181,7 +179,7 @@ class Judge:
     ) -> None:
         self.contract, self.log, self.quick = contract, log, quick
         # Only the judge's own headers say where a tensor lies; the reader brings its bytes.
-        artifact = Checkpoint(root, dict(contract.config), {}, {}, (), True, root / "config.json")
+        artifact = contract.reader(root, dict(contract.config), {}, {}, (), True, root / "config.json")
         self.case = Case(contract, artifact, source, deep, log, device, promised, hashed)
         self.shards, self.tensors, self.mtp_tensors, self.nbytes = 0, 0, 0, 0
         self.bytes_read = 0

@@ -10,6 +10,9 @@ from typing import Any
 from dsv4q.errors import Dsv4qError
 from dsv4q.formats.error import Errors, sqnr_db
 
+QUANTIZED, MODELOPT, PLAIN = "quantized", "modelopt", "plain"
+"""What is judged: an artifact in compressed-tensors' or ModelOpt's layout, a BF16 checkpoint without either."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -71,7 +74,7 @@ class VerifyResult:
 
     artifact: str
     kind: str
-    """`quantized`, or `plain`: a BF16 checkpoint without quantization_config."""
+    """`QUANTIZED`, `MODELOPT` or `PLAIN`."""
     tensors: int
     shards: int
     bytes: int

@@ -21,6 +21,9 @@ PIECE = 16 << 20
 Pieces = dict[int, bytes]
 """Of a tensor without a source: start of each piece -> SHA-256."""
 
+_NAN = {"F8_E4M3": (0x7F, 0x7F), "F8_E8M0": (0xFF, 0xFF)}
+"""Mask and the bits under it of what is no number."""
+
 
 class UntouchedTensor:
     """One tensor; its byte ranges count together."""
@@ -146,6 +149,9 @@ def _impossible(values: bytearray, dtype: str, experts: int | None) -> int:
     if experts is not None:
         table = torch.frombuffer(values, dtype=torch.int64)
         return int(((table < 0) | (table >= experts)).sum())
+    if dtype in _NAN:
+        mask, nan = _NAN[dtype]
+        return int((torch.frombuffer(values, dtype=torch.uint8) & mask == nan).sum())
     if dtype in FLOATS:
         return int((~torch.frombuffer(values, dtype=torch_dtypes()[dtype]).isfinite()).sum())
     return 0

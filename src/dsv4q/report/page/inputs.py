@@ -84,6 +84,9 @@ def _read_report(artifact: Path) -> Record:
     report = _load(path)
     if isinstance(report, Gap):
         raise OutputError("The report cannot be read", where=path, expected="a JSON object", found=report)
+    if report.get("command") == "export" and isinstance(report.get("origin"), dict):
+        # What a run found out of the weights holds in any layout.
+        report = Record({**report["origin"], "artifact": report["artifact"], "exported": report["layout"]}, path.name)
     if (command := report.get("command")) is not None:
         what = "This is the report of another command"
         raise OutputError(what, where=path, expected="that of dsv4q quantize", found=command)

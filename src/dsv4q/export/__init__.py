@@ -1,0 +1,1 @@
+"""Story: an artifact in the layout of another engine."""
