@@ -357,7 +357,7 @@ def test_mxfp4_of_compressed_tensors_decodes_as_it_does(tmp_path: Path) -> None:
 
 
 def test_a_layout_that_nobody_knows_is_marked_and_not_guessed(tmp_path: Path) -> None:
-    codes, scale = torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 3)
+    codes, scale = torch.full((4, 8), 17, dtype=torch.uint8), torch.ones(4, 3)
     a, b = ({"weight": codes + n, "weight_scale": scale} for n in (0, 1))
     found = only_tensor(compared(write(tmp_path / "a", linear(a)), write(tmp_path / "b", linear(b))))
     assert found["verdict"] == "not_decoded"

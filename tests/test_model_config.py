@@ -37,7 +37,7 @@ def made(source: Path) -> tuple[Said, dict[str, Any]]:
         ("_name_or_path", "/home/alice/models/secret"),
         ("_name_or_path", "somebody/model"),
         ("cache_dir", "~/.cache/models"),
-        ("vision", {"weights": ["file:///mnt/nas/vision"]}),
+        ("extra", {"weights": ["file:///mnt/nas/vision"]}),
         ("resumed_from", "C:\\Users\\alice\\model"),
         ("parent", "../other"),
     ],

@@ -159,10 +159,12 @@ def test_the_ratio_of_a_draft_layer_is_checked_with_and_without_a_source(
         assert (code, difference["file"], "compress_ratios" in difference["expected"]) == (3, "config.json", True)
 
 
-def test_one_ratio_too_many_is_another_config(artifact: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_ratio_too_many_leaves_no_draft_to_judge(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_json(artifact, "config.json", lambda config: config["compress_ratios"].append(0))
-    code, (difference,) = judged(capsys, artifact, "--source", source)
-    assert (code, difference["check"], difference["file"]) == (3, "source", "config.json")
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify-shards", str(artifact), "--json"])
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (stopped.value.code, error["where"].rpartition(": ")[2]) == (1, "compress_ratios"), error
 
 
 @pytest.mark.parametrize("key", [*sorted(set(maker.CONFIG) - {"model_type", "compress_ratios"}), "rope_theta"])
