@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,12 @@ import pytest
 import torch
 import yaml
 
+from dsv4q.__main__ import main
 from dsv4q.config import Config, DraftChoice, load_config, parse_config
 from dsv4q.console import Console, Mode
 from dsv4q.data.tokens import load_calibration, load_tokenizer
-from dsv4q.made_up.toy import write_toy
+from dsv4q.made_up.toy import ToyConfig, write_toy
+from dsv4q.plan.small_files import carried_files
 from dsv4q.quantize import Job, quantize
 from dsv4q.run.calibration import data_wanted
 from runs import CONFIGS
@@ -80,12 +84,29 @@ def test_stock_with_our_observers_finds_the_scales_that_the_batched_pipeline_fin
     assert_same_tensors(stock, job.out)
 
 
-def toy_job(folder: Path, config_name: str) -> Job:
+@pytest.mark.parametrize("config_name", ["nvfp4-fp8-mtp-minmax", "w4a16-fp8-mtp"])
+def test_the_judge_finds_nothing_wrong_with_stocks_own_artifact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config_name: str
+) -> None:
+    job, out = toy_job(tmp_path, config_name, ToyConfig(num_nextn_predict_layers=0)), tmp_path / "stock"
+    run_stock(job.source, out, calibration_batches(job), yaml.safe_dump(job.config.recipe))
+    for name in carried_files(job.source):  # which is left to whoever ships it, as the files' modes are
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copy(job.source / name, out / name)
+    for path in out.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify-shards", str(out), "--deep", "--source", str(job.source), "--device", "cpu", "--json"])
+    assert (stopped.value.code or 0, json.loads(capsys.readouterr().out)["differences"]) == (0, [])
+
+
+def toy_job(folder: Path, config_name: str, toy: ToyConfig | None = None) -> Job:
     """A toy source and a shipped config, without the copies of the shared head, which stock has no notion of."""
-    write_toy(folder / "source")
+    write_toy(folder / "source", toy or ToyConfig())
     config = with_stock_observers(load_config(CONFIGS / f"{config_name}.yaml"))
-    toy = load_config(CONFIGS / "toy.yaml")
-    changes = {"calibration": config.calibration and toy.calibration, "draft": DraftChoice(shared_head_copies=False)}
+    small = load_config(CONFIGS / "toy.yaml")
+    changes = {"calibration": config.calibration and small.calibration, "draft": DraftChoice(shared_head_copies=False)}
     return Job(folder / "source", folder / "artifact", config.model_copy(update=changes))  # stock takes a GPU too
 
 

@@ -25,6 +25,8 @@ from dsv4q.verify.result import Log, few
 
 MAX_HEADER = 100_000_000
 """Longest header that safetensors accepts, in bytes."""
+LONE = "model.safetensors"
+"""Name of a checkpoint in one file, which needs no index: small ones are saved so."""
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -76,7 +78,8 @@ class Headers:
 
 def check_files(root: Path, headers: Headers, recipe: bool, log: Log) -> None:
     """The files that must be there (`recipe`: recipe.yaml too), all readable by others; no remains of a run."""
-    required = ["config.json", INDEX, *(["recipe.yaml"] if recipe else []), *sorted(set(headers.index.values()))]
+    index = [] if headers.on_disk == {LONE} and not headers.index else [INDEX]
+    required = ["config.json", *index, *(["recipe.yaml"] if recipe else []), *sorted(set(headers.index.values()))]
     for name in required:
         log.looked_at("files")
         try:
@@ -110,7 +113,9 @@ def _check_modes(root: Path, log: Log) -> None:
 
 
 def _check_names(files: Sequence[str], named: set[str], log: Log) -> None:
-    """`model-00001-of-000NN.safetensors`, complete from 1 to N."""
+    """`model-00001-of-000NN.safetensors`, complete from 1 to N; or one file alone, of which no index speaks."""
+    if files == [LONE] and not named:
+        return
     matches = {file: _SHARD.fullmatch(file) for file in files}
     for file, match in matches.items():
         if match is None:
