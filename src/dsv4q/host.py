@@ -250,8 +250,10 @@ def stoppable() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
 
-    # Under nohup SIGHUP is ignored, and has to stay so.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    # Under nohup SIGHUP is ignored, and has to stay so. A shell's background job ignores SIGINT too, but only from a
+    # terminal: who sends it one means it.
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = (signal.SIGINT, signal.SIGTERM, *(() if nohup else (signal.SIGHUP,)))
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield check
