@@ -28,9 +28,9 @@ from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.values import Batch, batches, values_ahead
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
-from dsv4q.errors import DeviceError, Dsv4qError, SourceError, WeightError, command, first_problem
+from dsv4q.errors import Dsv4qError, SourceError, WeightError, command, first_problem
 from dsv4q.formats.dtypes import tensor_bytes
-from dsv4q.host import free_bytes, stoppable, usable_device
+from dsv4q.host import free_bytes, gpu_memory_errors, stoppable, usable_device
 from dsv4q.layout import Dims, source_tensors
 from dsv4q.plan.model_config import carried_config
 from dsv4q.plan.small_files import write_plain_files
@@ -111,8 +111,10 @@ def _run_blocks(
     wanted = [batch for some in todo.values() for batch in some]
     writer = ShardWriter(job.out, plan)
     writer.finish_blocks(journal.done)
+    again = "free the GPU of other work, or use --device cpu; the same command goes on from here"
     try:
         with (
+            gpu_memory_errors(f"--device {device}", hint=again),
             stoppable() as check_stop,
             BackgroundWriter(writer) as behind,
             values_ahead(source, wanted, device) as ready,
@@ -128,13 +130,6 @@ def _run_blocks(
                     behind.put(block, [(n, data[i * size : (i + 1) * size]) for i, n in enumerate(batch.names)])
                     progress.advance(batch.nbytes)
                 behind.finish(block, _line(journal, block))
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            "The GPU ran out of memory",
-            where=f"--device {device}",
-            found=str(error).splitlines()[0],
-            hint="free the GPU of other work, or use --device cpu; the same command goes on from here",
-        ) from error
     finally:
         writer.close()
 

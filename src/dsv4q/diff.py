@@ -23,12 +23,12 @@ from dsv4q.checkpoint.headers import TensorEntry, shown
 from dsv4q.checkpoint.pipes import BUDGET, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint, open_checkpoint
 from dsv4q.console import Console
-from dsv4q.errors import DeviceError, SourceError
+from dsv4q.errors import SourceError
 from dsv4q.foreign.layouts import Logical, Names, logical_tensors
 from dsv4q.foreign.result import EQUAL_BYTES, TensorPair, by_class, transitions
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.stored import StoredRows
-from dsv4q.host import stoppable, usable_device
+from dsv4q.host import gpu_memory_errors, stoppable, usable_device
 from dsv4q.layout import DTYPE_BYTES
 
 FORMAT = 1
@@ -62,11 +62,8 @@ def diff(request: DiffRequest, console: Console) -> dict[str, Any]:
         names = Names(first.config, second.config)
         a, b = logical_tensors(first, names), logical_tensors(second, names)
         pairs = [TensorPair(name, names.class_of(name), one, b[name]) for name, one in a.items() if name in b]
-        try:
+        with gpu_memory_errors(f"--device {device}"):
             _compare(first, second, pairs, device, console)
-        except torch.OutOfMemoryError as error:
-            found = str(error).splitlines()[0]
-            raise DeviceError("The GPU ran out of memory", where=f"--device {device}", found=found) from error
     only_a, only_b = [name for name in a if name not in b], [name for name in b if name not in a]
     lone = {side: [names.class_of(name) for name in only] for side, only in (("a", only_a), ("b", only_b))}
     return {

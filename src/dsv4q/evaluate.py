@@ -23,14 +23,13 @@ from dsv4q.checkpoint.files import write_atomic
 from dsv4q.checkpoint.pipes import BUDGET, loaded_ahead
 from dsv4q.console import Console
 from dsv4q.data.tokens import CalibrationData
-from dsv4q.errors import DeviceError
 from dsv4q.evaluation import metrics
 from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.evaluation.drafts import Acceptance, difference, judge_draft, step_1, step_2
 from dsv4q.evaluation.pieces import Piece
 from dsv4q.evaluation.scores import ResidualError, Scores, residual_error, score
 from dsv4q.evaluation.side import DRAFT, Side, form_of, open_side, require_alike
-from dsv4q.host import peak_memory, stoppable, usable_device
+from dsv4q.host import gpu_memory_errors, peak_memory, stoppable, usable_device
 from dsv4q.model.upstream import quiet_libraries
 
 FORMAT = 1
@@ -79,15 +78,10 @@ def evaluate(request: EvaluationRequest, console: Console) -> dict[str, Any]:
         artifact = open_side("artifact", request.artifact, device)
         require_alike(reference, artifact)
         data = load_data(request.data, request.reference, request.artifact, reference.dims.vocab)
+        less = "lower --micro-batch or --length, or free the GPU of other work"
         try:
-            measured = _measure((reference, artifact), data, console)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                "The GPU ran out of memory",
-                where=f"--device {device}",
-                found=str(error).splitlines()[0],
-                hint="lower --micro-batch or --length, or free the GPU of other work",
-            ) from error
+            with gpu_memory_errors(f"--device {device}", hint=less):
+                measured = _measure((reference, artifact), data, console)
         finally:
             reference.checkpoint.close()
             artifact.checkpoint.close()

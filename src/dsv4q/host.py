@@ -53,6 +53,28 @@ def usable_device(name: str) -> torch.device:
 
 
 @contextmanager
+def gpu_memory_errors(
+    where: str | Path, *, while_: str = "", expected: str | None = None, hint: str | None = None
+) -> Iterator[None]:
+    """Context in which a GPU that is full is an error for people.
+
+    Args:
+        while_: what was done, if that is not plain: ` while …`.
+
+    Raises:
+        DeviceError: torch could not allocate.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        found = str(error).splitlines()[0]
+        what = f"The GPU ran out of memory{while_}"
+        raise DeviceError(what, where=where, expected=expected, found=found, hint=hint) from error
+
+
+@contextmanager
 def prompt_threads() -> Iterator[None]:
     """Context in which a thread that computes lets another have Python within half a millisecond, not five.
 

@@ -37,6 +37,7 @@ from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
 from dsv4q.report.build import build_report
 from dsv4q.run.calibration import data_wanted, load_data
+from dsv4q.run.dropping import Dropping
 from dsv4q.run.run import Run, run_blocks, run_device
 from dsv4q.verify.case import DEVICE_BYTES, Contract
 from dsv4q.verify.judge import Judge, verify_headers
@@ -158,8 +159,6 @@ def _rehearse(rehearsal: Rehearsal, prepared: Prepared, ranks: Ranks, console: C
     if not ranks.is_leader:
         run_blocks(run, Journal.follow(out, ranks.from_leader(None)), console)
         return None
-    from dsv4q.run.dropping import Dropping
-
     judge = _judge(rehearsal, prepared, device)
     dropping = Dropping(None if judge is None else judge.shard, out, DEVICE_BYTES, keep=rehearsal.keep)
     run = replace(run, make_writer=partial(ShardWriter, on_whole=dropping.submit))

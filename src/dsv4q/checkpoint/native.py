@@ -29,7 +29,7 @@ from dsv4q.checkpoint.downloads import Holes
 from dsv4q.checkpoint.headers import Findings, TensorEntry, few
 from dsv4q.checkpoint.source import Checkpoint, require_sound, scan
 from dsv4q.errors import SourceError
-from dsv4q.layout import DTYPE_BYTES, Dims, Role, Shape, TensorSpec, source_tensors
+from dsv4q.layout import Dims, Role, Shape, TensorSpec, source_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -368,13 +368,6 @@ def entries_of(checkpoint: Checkpoint, name: str) -> tuple[TensorEntry, ...]:
         stored = checkpoint.quantized[name]
         return stored.weight, stored.scale
     return (checkpoint.tensors[name],) if name in checkpoint.tensors else ()
-
-
-def packed_alike(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[TensorEntry, ...] | None:
-    """Weight and scale of the first of these weights if all are packed and lie alike in the files; else None."""
-    found = [entries_of(checkpoint, name) for name in names]
-    kinds = {tuple((DTYPE_BYTES[entry.dtype], entry.shape) for entry in entries) for entries in found}
-    return found[0] if len(kinds) == 1 and len(found[0]) == 2 else None
 
 
 def forms_of(checkpoint: Checkpoint) -> dict[str, int]:

@@ -8,14 +8,15 @@ thread for each operation: operations on several threads would wait for each oth
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from dsv4q.checkpoint.native import entries_of, is_dequantized
+from dsv4q.checkpoint.alike import stored_alike, stored_kind
+from dsv4q.checkpoint.native import is_dequantized
 from dsv4q.checkpoint.pipes import BUDGET, THREADS, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.host import compute_alone, cores
@@ -37,20 +38,10 @@ class Batch:
 
 def batches(source: Checkpoint, names: Iterable[str], device: torch.device) -> list[Batch]:
     """Those that are stored alike together, as far as `TOGETHER` allows."""
-
-    def kind(name: str) -> tuple[object, ...]:
-        return tuple((entry.dtype, entry.shape) for entry in entries_of(source, name))
-
-    by_kind: dict[tuple[object, ...], list[str]] = defaultdict(list)
-    for name in names:
-        by_kind[kind(name)].append(name)
-    found = []
-    for alike in by_kind.values():
-        size = source.tensors[alike[0]].nbytes
-        step = max(1, TOGETHER[device.type] // max(1, size))
-        parts = (tuple(alike[i : i + step]) for i in range(0, len(alike), step))
-        found += [Batch(part, len(part) * size) for part in parts]
-    return found
+    alike = stored_alike(
+        names, partial(stored_kind, source), lambda name: source.tensors[name].nbytes, TOGETHER[device.type]
+    )
+    return [Batch(*one) for one in alike]
 
 
 @contextmanager

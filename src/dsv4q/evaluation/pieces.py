@@ -5,13 +5,13 @@ They travel as they lie in the files. Reading runs on any thread; decoding is qu
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dsv4q.checkpoint.alike import stored_alike, stored_kind
 from dsv4q.checkpoint.native import entries_of
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.evaluation.emulate import kernel_weight
@@ -80,16 +80,13 @@ class Piece:
 
 def pieces(checkpoint: Checkpoint, tensors: Iterable[SideTensor], device: torch.device) -> list[Piece]:
     """Tensors that are all there, those that are stored alike together as far as `TOGETHER` allows."""
-    by_kind: dict[tuple[object, ...], list[SideTensor]] = defaultdict(list)
-    for tensor in tensors:
-        entries = [entry for name in tensor.names.values() for entry in entries_of(checkpoint, name)]
-        kind = (id(tensor.scheme), tuple(tensor.names), *((entry.dtype, entry.shape) for entry in entries))
-        by_kind[kind].append(tensor)
-    found = []
-    for alike in by_kind.values():
-        names = alike[0].names.values()
-        size = sum(entry.nbytes for name in names for entry in entries_of(checkpoint, name))
-        step = max(1, TOGETHER[device.type] // max(1, size))
-        parts = (tuple(alike[i : i + step]) for i in range(0, len(alike), step))
-        found += [Piece(checkpoint, device, part, len(part) * size) for part in parts]
-    return found
+
+    def kind(tensor: SideTensor) -> Hashable:
+        stored = (stored_kind(checkpoint, name) for name in tensor.names.values())
+        return id(tensor.scheme), tuple(tensor.names), *stored
+
+    def nbytes(tensor: SideTensor) -> int:
+        return sum(entry.nbytes for name in tensor.names.values() for entry in entries_of(checkpoint, name))
+
+    alike = stored_alike(tensors, kind, nbytes, TOGETHER[device.type])
+    return [Piece(checkpoint, device, *one) for one in alike]

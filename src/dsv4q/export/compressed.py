@@ -17,7 +17,7 @@ from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config, config_of
 from dsv4q.errors import ConfigError, SourceError, VerificationFailed, first_problem
 from dsv4q.export.exact import fp8_linear, nvfp4_expert
-from dsv4q.export.job import Export, Made, Parcel, reciprocal_of, scalar
+from dsv4q.export.job import Export, Made, Parcel, reciprocal_of, require_stored, scalar
 from dsv4q.export.modelopt import RECIPE
 from dsv4q.export.plan import native_release
 from dsv4q.export.together import check_dims, check_pin, check_witnesses, compare_untouched
@@ -86,15 +86,14 @@ class ToCompressed:
         found = {}
         for spec in (spec for spec in source_tensors(self.dims) if is_main_expert(spec)):
             for stored in expert_tensors(spec):
-                entry = self.artifact.tensors.get(stored.name)
-                if entry is None or (entry.dtype, entry.shape or (1,)) != (stored.dtype, stored.shape or (1,)):
-                    raise SourceError(
-                        "The artifact is not one in ModelOpt's layout with NVFP4 experts in every main layer",
-                        where=f"{self.artifact.root}: {stored.name}",
-                        expected=f"{stored.dtype} {list(stored.shape)}",
-                        found="no such tensor" if entry is None else f"{entry.dtype} {list(entry.shape)}",
-                        hint=f"`dsv4q verify-shards {self.artifact.root}` lists all that is missing",
-                    )
+                require_stored(
+                    self.artifact,
+                    stored.name,
+                    stored.dtype,
+                    stored.shape,
+                    "The artifact is not one in ModelOpt's layout with NVFP4 experts in every main layer",
+                    f"`dsv4q verify-shards {self.artifact.root}` lists all that is missing",
+                )
                 found[stored.twin] = stored
         return found
 

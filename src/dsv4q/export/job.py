@@ -16,6 +16,7 @@ from dsv4q.checkpoint.writer import Data
 from dsv4q.config import Config
 from dsv4q.errors import OutputError, SourceError, WeightError
 from dsv4q.formats.scalars import from_bytes, reciprocal
+from dsv4q.layout import Shape
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,23 @@ def open_artifact(path: Path) -> tuple[Checkpoint, dict[str, Any] | None]:
     if not checkpoint.has_weights:
         raise SourceError("The artifact has no safetensors files", where=path, hint="give the folder of an artifact")
     return checkpoint, finished_report(path)
+
+
+def require_stored(checkpoint: Checkpoint, name: str, dtype: str, shape: Shape, what: str, hint: str) -> None:
+    """Refuse a checkpoint that lacks a tensor, or stores it otherwise; a scalar may be of shape [] or [1].
+
+    Raises:
+        SourceError: says `what` is wrong and gives the `hint`.
+    """
+    entry = checkpoint.tensors.get(name)
+    if entry is None or (entry.dtype, entry.shape or (1,)) != (dtype, shape or (1,)):
+        raise SourceError(
+            what,
+            where=f"{checkpoint.root}: {name}",
+            expected=f"{dtype} {list(shape)}",
+            found="no such tensor" if entry is None else f"{entry.dtype} {list(entry.shape)}",
+            hint=hint,
+        )
 
 
 def reciprocal_of(value: float, where: str) -> float:

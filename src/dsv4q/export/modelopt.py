@@ -11,8 +11,7 @@ from typing import Any
 
 from dsv4q.checkpoint.shards import PlannedTensor
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.errors import SourceError
-from dsv4q.export.job import Export, Made, Parcel, reciprocal_of, scalar
+from dsv4q.export.job import Export, Made, Parcel, reciprocal_of, require_stored, scalar
 from dsv4q.export.plan import native_release, plan_modelopt
 from dsv4q.export.together import check_dims, check_pin, check_witnesses, compare_untouched
 from dsv4q.foreign.modelopt import COMPRESSED, StoredTensor, modelopt_tensors
@@ -48,15 +47,14 @@ class ToModelOpt:
     def _check_experts(self) -> None:
         """All main experts must be there as NVFP4 with input scales."""
         for stored in (tensor for tensor in self.stored.values() if tensor.twin):
-            entry = self.artifact.tensors.get(stored.twin)
-            if entry is None or (entry.dtype, entry.shape or (1,)) != (stored.dtype, stored.shape or (1,)):
-                raise SourceError(
-                    "The artifact's routed experts are not NVFP4 with input scales, and this layout has nothing else",
-                    where=f"{self.artifact.root}: {stored.twin}",
-                    expected=f"{stored.dtype} {list(stored.shape or (1,))}",
-                    found="no such tensor" if entry is None else f"{entry.dtype} {list(entry.shape)}",
-                    hint="quantize with configs/nvfp4-fp8-mtp.yaml, or another config with NVFP4 weights and inputs",
-                )
+            require_stored(
+                self.artifact,
+                stored.twin,
+                stored.dtype,
+                stored.shape or (1,),
+                "The artifact's routed experts are not NVFP4 with input scales, and this layout has nothing else",
+                "quantize with configs/nvfp4-fp8-mtp.yaml, or another config with NVFP4 weights and inputs",
+            )
 
     # ------------------------------------------------------------------------------------------------ bytes
 

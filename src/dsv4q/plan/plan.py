@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from dsv4q.checkpoint.against_layout import compare_with_layout, draft_kind
-from dsv4q.checkpoint.native import packed_alike
+from dsv4q.checkpoint.alike import packed_alike
 from dsv4q.checkpoint.pin import Pin, pin_of
 from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan, balanced_shards, blocks_of
 from dsv4q.checkpoint.source import Checkpoint

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.shards import PlannedShard
-from dsv4q.errors import DeviceError
+from dsv4q.host import gpu_memory_errors
 
 Judging = Callable[[str, bytes, Callable[[], None]], None]
 
@@ -50,17 +48,11 @@ class Dropping(Behind):
     def _judge_and_drop(self, file: str, header: bytes) -> None:
         begin = time.perf_counter()
         path = self._out / file
-        try:
+        room = f"about {self._device_bytes:,} bytes free beside the run"
+        less = "free the GPU of other work, or lower calibration.micro_batch"
+        with gpu_memory_errors(path, while_=" while a shard was judged", expected=room, hint=less):
             if self._judge is not None:
                 self._judge(file, header, self.check)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                "The GPU ran out of memory while a shard was judged",
-                where=path,
-                expected=f"about {self._device_bytes:,} bytes free beside the run",
-                found=str(error).splitlines()[0],
-                hint="free the GPU of other work, or lower calibration.micro_batch",
-            ) from error
         if not self.keep:
             path.unlink()
         self.busy += time.perf_counter() - begin

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from dsv4q.checkpoint.native import entries_of
+from dsv4q.checkpoint.alike import stored_kind
 from dsv4q.checkpoint.pipes import Stopped, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
@@ -144,7 +144,8 @@ class Loader:
             WeightError: NaN or Inf in a tensor that stays on the host.
             SourceError: the source cannot be read.
         """
-        reads = [piece for task in wanted for piece in self._pieces(task)]
+        pieces = {task.name: self._pieces(task) for task in wanted}
+        reads = [piece for some in pieces.values() for piece in some]
         on_gpu = self.device.type == "cuda"
         threads = READ_THREADS if on_gpu else min(READ_THREADS, cores())
         stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -152,7 +153,7 @@ class Loader:
             loaded_ahead(reads, self._read, self._host_bytes, budget=self.budget, threads=threads) as read,
             loaded_ahead(
                 wanted,
-                partial(self._load, read, stream),
+                partial(self._load, read, pieces, stream),
                 lambda _: 1,
                 budget=2 if on_gpu else 1,
                 threads=1,
@@ -188,9 +189,8 @@ class Loader:
 
     def _follows(self, before: TensorWork, work: TensorWork) -> bool:
         """Whether a weight is that of the next expert, and stored as the one before is."""
-        one, other = (entries_of(self.source, w.spec.name) for w in (before, work))
-        alike = [(e.dtype, e.shape) for e in one] == [(e.dtype, e.shape) for e in other]
-        return alike and work.spec.expert == (before.spec.expert or 0) + 1
+        one, other = (stored_kind(self.source, w.spec.name) for w in (before, work))
+        return one == other and work.spec.expert == (before.spec.expert or 0) + 1
 
     def _read(self, piece: Piece) -> tuple[torch.Tensor, ...]:
         """A piece on the host; as it lies in the files if it is computed with and its BF16 bytes are not written."""
@@ -220,16 +220,17 @@ class Loader:
     def _load(
         self,
         loaded: Iterator[tuple[Piece, tuple[torch.Tensor, ...]]],
+        pieces: Mapping[str, Sequence[Piece]],
         stream: torch.cuda.Stream | None,
         task: BlockTask,
     ) -> LoadedBlock:
         block = LoadedBlock(task, self.source)
         with torch.cuda.stream(stream):
-            for piece in self._pieces(task):
+            for piece in pieces[task.name]:
                 if self._stop.is_set():
                     raise Stopped
                 found, parts = next(loaded)
-                assert found == piece, f"{piece[0].spec.name} is wanted, {found[0].spec.name} comes"
+                assert found is piece, f"{piece[0].spec.name} is wanted, {found[0].spec.name} comes"
                 block.read_bytes += sum(work.source_bytes for work in piece)
                 if _is_experts(piece[0]):
                     self._place_experts(block, [work.spec for work in piece], parts)

@@ -27,9 +27,8 @@ from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, block_digest
 from dsv4q.data.tokens import CalibrationData
-from dsv4q.errors import DeviceError
 from dsv4q.formats.kernels import warm_up
-from dsv4q.host import memory_now, prompt_threads
+from dsv4q.host import gpu_memory_errors, memory_now, prompt_threads
 from dsv4q.model.upstream import quiet_libraries
 from dsv4q.plan.needs import GpuUse
 from dsv4q.plan.plan import Plan
@@ -87,23 +86,20 @@ def run_oneshot(plan: Plan, folder: Path, make_loop: Callable[[DeepseekV4ForCaus
         loop = make_loop(model)
         rebuild_rotary(model, loop.device)
         model.block_loop = loop
+        less = (
+            "free the GPU of other work, say with --gpu-memory how much of it to use, or lower calibration.micro_batch "
+            "and use --no-resume; finished blocks are kept"
+        )
+        room = f"about {loop.gpu.nbytes if loop.gpu else 0:,} bytes free"
         try:
-            oneshot(
-                model=model,
-                processor=object(),
-                recipe=yaml.safe_dump(plan.library_recipe()),
-                pipeline=PIPELINE,
-                moe_calibrate_all_experts=plan.config.activations.experts == "all",
-            )
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                "The GPU ran out of memory",
-                where=f"--device {loop.device}",
-                expected=f"about {loop.gpu.nbytes if loop.gpu else 0:,} bytes free",
-                found=str(error).splitlines()[0],
-                hint="free the GPU of other work, say with --gpu-memory how much of it to use, or lower "
-                "calibration.micro_batch and use --no-resume; finished blocks are kept",
-            ) from error
+            with gpu_memory_errors(f"--device {loop.device}", expected=room, hint=less):
+                oneshot(
+                    model=model,
+                    processor=object(),
+                    recipe=yaml.safe_dump(plan.library_recipe()),
+                    pipeline=PIPELINE,
+                    moe_calibrate_all_experts=plan.config.activations.experts == "all",
+                )
         finally:
             del model.block_loop
             reset_session()
