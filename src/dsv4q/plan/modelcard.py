@@ -166,7 +166,7 @@ def _title(plan: Plan) -> str:
 def _hardware(plan: Plan) -> str:
     if any(s.compression_format == NVFP4 for s in plan.config.groups.values()):
         return (
-            "SM 10.x (B200, B300) and 12.x (RTX PRO 6000, DGX Spark) compute NVFP4 natively. On SM 9.0\n"
+            "Native FP4 tensor cores need SM 10.x (B200, B300) or 12.x (RTX PRO 6000, DGX Spark). On SM 9.0\n"
             "(H100, H200) the experts run weight-only: FP4 storage, BF16 arithmetic."
         )
     return "The experts run weight-only: small storage, BF16 arithmetic. Any GPU that vLLM's Marlin kernels support."

@@ -175,7 +175,8 @@ def same_threads(before: Mapping[str, Any] | None) -> None:
     import torch
 
     threads = (before or {}).get("threads")
-    if isinstance(threads, int):
+    # Told a number, even its own, torch tells it each new thread, which of a forked process cannot take it.
+    if isinstance(threads, int) and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
 
 
