@@ -1,6 +1,6 @@
 """Train a tiny DeepSeek-V4 with MTP and write it as the official release stores its model. Needs no network.
 
-    python scripts/train_tiny.py --out models/tiny [--device cuda] [--steps 3000] [--minutes 4] [--width full]
+    python scripts/train_tiny.py --out models/tiny [--device cuda] [--steps 3000] [--minutes 4] [--width tiny]
         [--seed 0] [--batch 32] [--length 512] [--learning-rate 2e-3] [--conversations 120000] [--data-only]
 
 Makes the corpus (corpus.py), a tokenizer, the model (train_tiny_model.py); trains it, in the last part with rounded
@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,26 +48,41 @@ from train_tiny_finish import (
 )
 from train_tiny_model import DRAFT_WEIGHT, Losses, Watch, build, csa_layers, inputs_for, run, set_rounding
 
-FULL = ToyConfig(
-    hidden_size=256,
-    moe_intermediate_size=128,
-    n_routed_experts=16,
-    num_experts_per_tok=2,
-    compress_ratios=(SLIDING, SLIDING, CSA, HCA, CSA, HCA),
-    num_hash_layers=3,
-    num_attention_heads=8,
-    head_dim=64,
-    q_lora_rank=128,
-    o_groups=2,
-    o_lora_rank=64,
-    index_n_heads=4,
-    index_topk=32,
-    sliding_window=64,
+# What vLLM's kernels take on SM 9.0 (0.33.0): heads of 512 with 64 rotary dimensions, an indexer of 128, widths that are
+# multiples of 128, experts' widths of 256, a power of two of experts, windows and top-k that are multiples of 64.
+_SERVED = ToyConfig(
+    moe_intermediate_size=256,
+    head_dim=512,
+    qk_rope_head_dim=64,
+    index_head_dim=128,
+    index_topk=64,
+    sliding_window=128,
     vocab_size=1024,
     shards=2,
 )
 WIDTHS = {
-    "full": FULL,
+    "tiny": replace(
+        _SERVED,
+        hidden_size=256,
+        n_routed_experts=8,
+        compress_ratios=(SLIDING, SLIDING, CSA, HCA, SLIDING),
+        num_hash_layers=2,
+        num_attention_heads=4,
+        q_lora_rank=128,
+        o_lora_rank=128,
+        index_n_heads=8,
+    ),
+    "served": replace(
+        _SERVED,
+        hidden_size=512,
+        n_routed_experts=16,
+        compress_ratios=(SLIDING, SLIDING, CSA, HCA, CSA, HCA),
+        num_hash_layers=3,
+        num_attention_heads=8,
+        q_lora_rank=256,
+        o_lora_rank=256,
+        index_n_heads=32,
+    ),
     "small": ToyConfig(hidden_size=128, o_lora_rank=64, num_attention_heads=4, index_topk=32, shards=2),
     "least": ToyConfig(
         hidden_size=128,
@@ -98,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=4.0, help="of training, at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--width", choices=tuple(WIDTHS), default="full")
+    parser.add_argument("--width", choices=tuple(WIDTHS), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)

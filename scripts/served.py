@@ -1,0 +1,279 @@
+"""Checkpoints served by stock vLLM, beside what `dsv4q eval` said of them offline. Needs GPUs and vLLM, as a user has them.
+
+    python scripts/served.py ARTIFACT... --reference SOURCE [--data FILE] [--samples 64] [--length 512]
+        [--answers 64] [--answer-tokens 128] [--at-once 64] [--drafts 0,1,2] [--tensor-parallel 1] [--eager]
+        [--python "COMMAND"] [--json FILE]
+
+For SOURCE and each ARTIFACT: the negative log-likelihood of held-out text by vLLM's prompt log-probabilities, greedy answers and
+how many are SOURCE's own, tokens/s without a draft and with 1 and 2 tokens drafted at a time, and acceptance by the
+engine's own counters. Checkpoints may be of any layout that vLLM reads: ours, ModelOpt's, native, BF16.
+
+Texts and prompts are those of `dsv4q eval --answers`: `heldout.jsonl` of SOURCE unless --data names others, each
+sample up to the assistant's first turn. `dsv4q eval ARTIFACT --reference SOURCE --answers 64 --save` writes
+ARTIFACT/eval.json, from which the offline columns are taken; without it they are absent. --python is the command that
+runs Python with vLLM, if that is another environment than the one with dsv4q. --json also has all answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from dsv4q.evaluation.answers import AnswersRequest, prompts_of
+
+from bench_tables import table
+from dsv4q.checkpoint.folder import load_model_config
+from dsv4q.errors import Dsv4qError, SourceError
+from dsv4q.evaluation.data import DataRequest, load_data, turn_ids
+from dsv4q.layout import DSPARK, MTP, Dims
+
+ENGINE = Path(__file__).with_name("served_engine.py")
+SEQUENCES = (0, 1, 2)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", type=Path, nargs="*")
+    parser.add_argument("--reference", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--answers", type=int, default=64, help="prompts that are answered")
+    parser.add_argument("--answer-tokens", type=int, default=128)
+    parser.add_argument("--at-once", type=int, default=64, help="requests that the engine works on together")
+    parser.add_argument("--drafts", default="0,1,2", help="tokens drafted at a time; 0 is without a draft")
+    parser.add_argument("--tensor-parallel", default="1", help="comma list of numbers of GPUs")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--python", default=shlex.quote(sys.executable), help="command that runs Python with vLLM")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    for name in ("drafts", "tensor_parallel"):
+        try:
+            setattr(options, name, [int(n) for n in getattr(options, name).split(",")])
+        except ValueError:
+            parser.error(f"--{name.replace('_', '-')} takes numbers with commas between them")
+    return options
+
+
+# ------------------------------------------------------------------------------------------ what vLLM can build
+
+
+def multiple(of: int) -> tuple[str, Any]:
+    return f"a multiple of {of}", lambda value: value > 0 and value % of == 0
+
+
+def only(*values: int) -> tuple[str, Any]:
+    return " or ".join(map(str, values)), lambda value: value in values
+
+
+KERNELS = {
+    "head_dim": only(512),
+    "qk_rope_head_dim": only(64),
+    "index_head_dim": only(128),
+    "hc_mult": only(4),
+    "num_attention_heads": ("at most 128", lambda value: 0 < value <= 128),
+    "hidden_size": multiple(128),
+    "q_lora_rank": multiple(128),
+    "o_lora_rank": multiple(128),
+    "index_n_heads": only(8, 16, 32, 64, 128),
+    "index_topk": multiple(64),
+    "sliding_window": multiple(64),
+    "moe_intermediate_size": multiple(256),
+    "n_routed_experts": ("a power of two", lambda value: value > 0 and value & (value - 1) == 0),
+}
+"""What the kernels of vLLM 0.33.0 take on SM 9.0: key of config.json -> in words, and as a function."""
+
+
+def refuse_unbuildable(folder: Path, config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        SourceError: a width for which vLLM has no kernel; all of them are named.
+    """
+    wrong = [(key, words, config.get(key)) for key, (words, holds) in KERNELS.items() if not holds(config.get(key, 0))]
+    if wrong:
+        raise SourceError(
+            "vLLM 0.33.0 has no kernels for a model of these widths",
+            where=folder / "config.json",
+            expected=", ".join(f"{key} {words}" for key, words, _ in wrong),
+            found=", ".join(f"{key} {value}" for key, _, value in wrong),
+            hint="`scripts/train_tiny.py --width served` makes one that it can build, models/tiny is another",
+        )
+
+
+def speculation(config: Mapping[str, Any], folder: Path, tokens: int) -> dict[str, Any] | None:
+    """vLLM's speculative config for so many tokens at a time, 0 for none; DSpark proposes its whole block."""
+    draft = Dims.from_config(config, folder / "config.json").draft
+    if not tokens:
+        return None
+    if draft.kind == DSPARK:
+        return {"method": DSPARK, "num_speculative_tokens": draft.block_size}
+    return {"method": MTP, "num_speculative_tokens": tokens}
+
+
+# ------------------------------------------------------------------------------------------ texts and prompts
+
+
+def texts_of(options: argparse.Namespace, vocab_size: int) -> list[list[int]]:
+    """The samples that `dsv4q eval` reads."""
+    wanted = DataRequest(options.data, options.samples, options.length, micro_batch=1)
+    data = load_data(wanted, options.reference, options.reference, vocab_size)
+    return [row.tolist() for batch in data.batches for row in batch]
+
+
+def prompts(options: argparse.Namespace, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts that `dsv4q eval --answers` takes from these texts."""
+    begin, _ = turn_ids(options.reference)
+    asked = prompts_of([torch.tensor(texts)], AnswersRequest(options.answers, options.answer_tokens), begin)
+    return [answer.prompt.tolist() for answer in asked]
+
+
+# ------------------------------------------------------------------------------------------ engines
+
+
+def serve(options: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
+    """Run one engine in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it failed, and has said why on stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "job.json", Path(folder) / "result.json"
+        asked.write_text(json.dumps(job))
+        command = [*shlex.split(options.python), str(ENGINE), str(asked), str(answered)]
+        subprocess.run(command, stdout=sys.stderr, check=True, env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"})
+        found: dict[str, Any] = json.loads(answered.read_text())
+    return found
+
+
+def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every engine of the table, one after the other; the text is read by the first engine of a checkpoint."""
+    checkpoints = [options.reference, *options.artifacts]
+    configs = {folder: load_model_config(folder) for folder in checkpoints}
+    for folder, config in configs.items():
+        refuse_unbuildable(folder, config)
+    texts = texts_of(options, configs[options.reference]["vocab_size"])
+    asked = prompts(options, texts)
+    for gpus in options.tensor_parallel:
+        for folder in checkpoints:
+            for tokens in options.drafts:
+                job = {
+                    "model": str(folder.resolve()),
+                    "speculation": speculation(configs[folder], folder, tokens),
+                    "tensor_parallel": gpus,
+                    "eager": options.eager,
+                    "texts": texts if tokens == options.drafts[0] else [],
+                    "prompts": asked,
+                    "answer_tokens": options.answer_tokens,
+                    "at_once": options.at_once,
+                }
+                named = {"checkpoint": str(folder), "gpus": gpus, "drafted": tokens, "speculation": job["speculation"]}
+                try:
+                    yield named | serve(options, job)
+                except subprocess.CalledProcessError as error:
+                    yield named | {"failed": error.returncode}
+    yield {"prompts": asked}
+
+
+# ------------------------------------------------------------------------------------------ the table
+
+
+def acceptance(run: Mapping[str, Any]) -> float | None:
+    """Accepted draft tokens / draft tokens, by the engine's counters."""
+    counted = run.get("counters", {})
+    drafted = counted.get("draft_tokens", 0)
+    return counted["accepted_tokens"] / drafted if drafted else None
+
+
+def offline(folder: Path) -> dict[str, Any] | None:
+    """What `dsv4q eval --save` left beside an artifact."""
+    file = folder / "eval.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def row_of(name: str, of: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> list[object]:
+    """One checkpoint on so many GPUs."""
+    by_draft = {run["drafted"]: run for run in of if "failed" not in run}
+    base = {run["drafted"]: run for run in reference if "failed" not in run}
+    first = next((run for run in by_draft.values() if "nll" in run), {})
+    plain, theirs = by_draft.get(0, {}), base.get(0, {})
+    same = [a == b for a, b in zip(plain.get("answers", []), theirs.get("answers", []), strict=False)]
+    cells: list[object] = [name, f"{first['nll']:.6f}" if first else "failed"]
+    cells.append(f"{sum(same)} of {len(same)}" if same else None)
+    for tokens in SEQUENCES:
+        run = by_draft.get(tokens, {})
+        accepted = acceptance(run)
+        if tokens:
+            cells.append(None if accepted is None else f"{100 * accepted:.2f} %")
+        cells.append(round(run["tokens"] / run["seconds"]) if run else None)
+    return cells
+
+
+def show(found: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str:
+    """Markdown: a table for each number of GPUs, SOURCE first, and what was said offline."""
+    parts = []
+    served = [run for run in found if "checkpoint" in run]
+    machine = next((run for run in served if "gpu" in run), {})
+    parts.append(
+        f"vLLM {machine.get('vllm')}, torch {machine.get('torch')}, {machine.get('gpu')}, "
+        f"CUDA graphs {'off' if options.eager else 'on'}; {options.samples} x {options.length} tokens read, "
+        f"{options.answers} prompts answered with at most {options.answer_tokens} tokens, {options.at_once} at once."
+    )
+    head = ["checkpoint", "NLL", "answers as SOURCE's", "tokens/s, no draft", "accepted, 1 drafted", "tokens/s",
+            "accepted, 2 drafted", "tokens/s"]  # fmt: skip
+    for gpus in options.tensor_parallel:
+        here = [run for run in served if run["gpus"] == gpus]
+        reference = [run for run in here if run["checkpoint"] == str(options.reference)]
+        names = dict.fromkeys(run["checkpoint"] for run in here)
+        rows = [row_of(name, [run for run in here if run["checkpoint"] == name], reference) for name in names]
+        parts.append(f"Tensor parallel {gpus}:\n\n{table(head, rows)}")
+    said = [(folder, offline(folder)) for folder in options.artifacts]
+    rows = [offline_row(folder, result) for folder, result in said if result is not None]
+    if rows:
+        parts.append(
+            "Offline, `dsv4q eval`:\n\n"
+            + table(["artifact", "NLL", "NLL of SOURCE", "step 1", "step 1 of SOURCE", "activations"], rows)
+        )
+    return "\n\n".join(parts)
+
+
+def offline_row(folder: Path, result: Mapping[str, Any]) -> list[object]:
+    nll = [f"{math.log(result['perplexity'][side]['value']):.6f}" for side in ("artifact", "reference")]
+    steps = [result["acceptance"]["pairs"].get(pair, {}).get("step_1", {}).get("value") for pair in _PAIRS]
+    return [str(folder), *nll, *(None if s is None else f"{100 * s:.2f} %" for s in steps), result.get("activations")]
+
+
+_PAIRS = ("artifact", "reference")
+
+
+def main() -> None:
+    options = parse()
+    found: list[dict[str, Any]] = []
+    try:
+        for run in runs(options):
+            found.append(run)
+            short = {k: v for k, v in run.items() if k not in ("answers", "prompts")}
+            print(json.dumps(short), file=sys.stderr, flush=True)
+            if options.json:
+                options.json.write_text(
+                    json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "runs": found})
+                )
+    except Dsv4qError as error:
+        sys.exit(f"error: {error.text()}")
+    print(show(found, options))
+    failed = [f"{run['checkpoint']}, {run['drafted']} drafted" for run in found if "failed" in run]
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
