@@ -102,7 +102,7 @@ def eval_(
     answers: Annotated[int, typer.Option(help="Prompts from the text that both models answer greedily.")] = 0,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, at most.")] = 64,
     answers_from: Annotated[
-        Path | None, typer.Option(help='JSON with token ids: {"prompts": [[...]]}, and "answers" that a server gave.')
+        Path | None, typer.Option(help='JSON with lists of token ids: "prompts", and "answers" if a server gave them.')
     ] = None,
     save: Annotated[bool, typer.Option("--save", help="Write the result to ARTIFACT/eval.json as well.")] = False,
     as_json: Json = False,
