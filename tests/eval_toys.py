@@ -12,7 +12,9 @@ from artifact_maker import copy, edit, read
 from dsv4q.console import Console, Mode
 from dsv4q.data.tokens import load_tokenizer
 from dsv4q.evaluate import EvaluationRequest, evaluate
+from dsv4q.evaluation.answers import AnswersRequest
 from dsv4q.evaluation.data import DataRequest
+from dsv4q.evaluation.rounding import Emulation
 from dsv4q.made_up.toy import write_toy
 
 CYCLE = "!#$%&()*+/:;<=>@[]^_{|}~"
@@ -58,10 +60,18 @@ def noise_like(source: Path, name: str, size: float = 1.0) -> torch.Tensor:
     return (torch.randn(tensor.shape, generator=torch.Generator().manual_seed(9)) * size).to(tensor.dtype)
 
 
-def run_eval(artifact: Path, reference: Path, **request: Any) -> dict[str, Any]:
+def run_eval(
+    artifact: Path,
+    reference: Path,
+    *,
+    activations: Emulation = Emulation.KERNELS,
+    answers: AnswersRequest | None = None,
+    **request: Any,
+) -> dict[str, Any]:
     """Evaluate on the CPU without a word."""
     wanted = DataRequest(**{"file": None, "samples": 3, "length": 48, "micro_batch": 2, **request})
-    return evaluate(EvaluationRequest(artifact, reference, wanted, "cpu"), Console(Mode.QUIET))
+    job = EvaluationRequest(artifact, reference, wanted, "cpu", activations, answers or AnswersRequest())
+    return evaluate(job, Console(Mode.QUIET))
 
 
 def pair(result: Mapping[str, Any], main: str, draft: str) -> dict[str, Any]:

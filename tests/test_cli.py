@@ -43,7 +43,8 @@ OPTIONS = {
     "verify-shards": ["--source", "--deep", "--device", "--json", "--quiet/-q"],
     "report": ["--out/-o", "--verify", "--verification", "--json", "--quiet/-q"],
     "eval": [
-        "--reference", "--data", "--samples", "--length", "--micro-batch", "--device", "--save", "--json", "--quiet/-q",
+        "--reference", "--data", "--samples", "--length", "--micro-batch", "--device", "--activations", "--answers",
+        "--answer-tokens", "--answers-from", "--save", "--json", "--quiet/-q",
     ],
     "diff": ["--device", "--json", "--quiet/-q"],
 }  # fmt: skip

@@ -352,6 +352,11 @@ def estimate(value: float | None) -> dict[str, float | None]:
     return {"value": value, "low": value, "high": value}
 
 
+def answers(share: float) -> dict[str, Any]:
+    two = {name: estimate(share) for name in ("acceptance", "position_1", "position_2")}
+    return {"k_1": {"acceptance": estimate(share)}, "k_2": two | {"mean_accepted_length": estimate(2.125)}}
+
+
 def evaluation() -> dict[str, Any]:
     pairs = [
         {"main": main, "draft": draft, "step_1": estimate(0.8125), "step_2": estimate(None),
@@ -367,6 +372,11 @@ def evaluation() -> dict[str, Any]:
         "kl_divergence": estimate(0.0441), "top1_agreement": estimate(0.9375),
         "residual": [{"block": "embed", "relative_error": 0.0}, {"block": "layers.0", "relative_error": 0.109}],
         "acceptance": {"pairs": pairs, "differences": changes, "without_draft": {}},
+        "activations": "weight-only-nvfp4",
+        "answers": {"prompts": [[0, 5], [0, 6]], "reference": answers(0.9725), "artifact": answers(0.9575)},
+        "clipping": {"classes": {"routed experts w2": {
+            "clipped_values": 0.00125, "clipped_inputs": 0.0475, "largest": 1.375,
+        }}},
     }  # fmt: skip
 
 
@@ -377,6 +387,16 @@ def test_an_evaluation_is_shown_with_its_numbers(artifact: Path) -> None:
     assert made.gaps == []
     for expected in ("5.25", "5.5", "1.0476", "0.0441", "93.75 %", "81.25 %", "−1.23", "none", "2.250", "10.90 %"):
         assert expected in shown, expected
+    for expected in ("weight-only-nvfp4", "to 2 prompts", "97.25 %", "95.75 %", "2.125", "4.75 %", "137.50 %"):
+        assert expected in shown, expected
+
+
+def test_an_evaluation_without_answers_and_without_calibrated_scales_has_no_table_of_them(artifact: Path) -> None:
+    bare = evaluation() | {"answers": None, "clipping": {"classes": {}}}
+    (artifact / "eval.json").write_text(json.dumps(bare))
+    made = write_report(PageRequest(artifact))
+    shown = Page(made.page.read_text()).shown
+    assert made.gaps == [] and "greedy answers" not in shown and "beyond the calibrated range" not in shown
 
 
 def test_without_an_evaluation_there_is_no_part_for_it(finished: Run) -> None:

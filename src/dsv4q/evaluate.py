@@ -1,9 +1,11 @@
-"""The story of an evaluation: open both -> tokenize -> both models in step by block -> heads -> drafts -> result.
+"""The story of an evaluation: open both -> tokenize -> both models in step by block -> heads -> drafts -> answers ->
+result.
 
 For each block: the reference's block is read, all micro-batches go through it, it is let go; then the artifact's; then
 the two residual streams are compared. Memory: one block in use and at most one coming, as it lies on disk, or two
 heads, or an embedding, a head and an MTP block; and the residual streams of both, tokens * hc_mult * hidden_size * 4
-bytes, on a GPU if it has room for them, else on the host.
+bytes, on a GPU if it has room for them, else on the host. Answers, if any are asked for, take many passes through one
+model after the other (`evaluation/greedy.py`); a small model stays in memory for them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ import torch
 
 from dsv4q import __version__
 from dsv4q.checkpoint.files import write_atomic
-from dsv4q.checkpoint.pipes import BUDGET, loaded_ahead
 from dsv4q.console import Console
 from dsv4q.data.tokens import CalibrationData
 from dsv4q.evaluation import metrics
-from dsv4q.evaluation.data import DataRequest, load_data
-from dsv4q.evaluation.drafts import Acceptance, difference, judge_draft, step_1, step_2
-from dsv4q.evaluation.pieces import Piece
+from dsv4q.evaluation.answers import RATES, Answer, Answers, AnswersRequest, change, prompts_of, read_answers
+from dsv4q.evaluation.data import DataRequest, load_data, turn_ids
+from dsv4q.evaluation.drafts import COLUMNS, Acceptance, difference, judge_draft, step_1, step_2
+from dsv4q.evaluation.filling import Fill, filling, main_blocks
+from dsv4q.evaluation.greedy import answer_all
+from dsv4q.evaluation.rounding import Emulation
 from dsv4q.evaluation.scores import ResidualError, Scores, residual_error, score
 from dsv4q.evaluation.side import DRAFT, Side, form_of, open_side, require_alike
 from dsv4q.host import gpu_memory_errors, peak_memory, stoppable, usable_device
@@ -35,7 +39,6 @@ from dsv4q.model.upstream import quiet_libraries
 FORMAT = 1
 """Version of the result's structure."""
 SAVED = "eval.json"
-_GPU_BUDGET, _GPU_THREADS = 4 << 30, 8
 _GPU_WORK = 8 << 30
 """What else a block needs beside its weights: a micro-batch in between, weights that are being decoded."""
 
@@ -48,6 +51,8 @@ class EvaluationRequest:
     reference: Path
     data: DataRequest
     device: str = "auto"
+    activations: Emulation = Emulation.KERNELS
+    answers: AnswersRequest = field(default_factory=AnswersRequest)
     save: bool = False
     """Write the result to ARTIFACT/eval.json as well."""
 
@@ -59,6 +64,7 @@ class Measurements:
     residual: list[ResidualError]
     scores: Scores
     acceptance: list[Acceptance]
+    answers: list[Answers]
 
 
 @torch.no_grad()
@@ -67,21 +73,24 @@ def evaluate(request: EvaluationRequest, console: Console) -> dict[str, Any]:
 
     Raises:
         SourceError: a checkpoint that is damaged or incomplete, or two that are not of one model.
-        DataError: no tokenizer, no data or too little, a tokenizer of another vocabulary.
+        DataError: no tokenizer, no data or too little, a tokenizer of another vocabulary, unusable prompts.
+        UsageError: more answers than samples.
         CalibrationError: non-finite values.
         DeviceError: no such device, or it has too little memory.
     """
     begin = time.time()
     device = usable_device(request.device)
     with quiet_libraries():
-        reference = open_side("reference", request.reference, device)
-        artifact = open_side("artifact", request.artifact, device)
+        reference = open_side("reference", request.reference, device, request.activations)
+        artifact = open_side("artifact", request.artifact, device, request.activations)
         require_alike(reference, artifact)
         data = load_data(request.data, request.reference, request.artifact, reference.dims.vocab)
+        turn, end = turn_ids(request.reference)
+        asked = _asked(request.answers, data, turn, reference.dims.vocab)
         less = "lower --micro-batch or --length, or free the GPU of other work"
         try:
             with gpu_memory_errors(f"--device {device}", hint=less):
-                measured = _measure((reference, artifact), data, console)
+                measured = _measure((reference, artifact), data, asked, end, console)
         finally:
             reference.checkpoint.close()
             artifact.checkpoint.close()
@@ -96,44 +105,37 @@ def evaluate(request: EvaluationRequest, console: Console) -> dict[str, Any]:
 
 def schedule(sides: tuple[Side, Side]) -> list[tuple[Side, str]]:
     """Which block of which checkpoint is read when."""
-    main = ["embed", *(f"layers.{index}" for index in range(sides[0].dims.layers)), "head"]
-    order = [(side, block) for block in main for side in sides]
+    order = [(side, block) for block in (*main_blocks(sides[0]), "head") for side in sides]
     return order + [(side, block) for side in sides if side.no_draft is None for block in ("embed", "head", DRAFT)]
 
 
-def _measure(sides: tuple[Side, Side], data: CalibrationData, console: Console) -> Measurements:
-    blocks = [side.pieces(block) for side, block in schedule(sides)]
-    order = [piece for pieces in blocks for piece in pieces]
-    largest = max(sum(piece.nbytes for piece in pieces) for pieces in blocks)
-    on_gpu = sides[0].device.type == "cuda"
+def _asked(request: AnswersRequest, data: CalibrationData, turn: list[int], vocab: int) -> list[Answer]:
+    if request.file is not None:
+        return read_answers(request.file, request.tokens, vocab)
+    return prompts_of(data.batches, request, turn)
+
+
+def _measure(
+    sides: tuple[Side, Side], data: CalibrationData, asked: list[Answer], end: int, console: Console
+) -> Measurements:
+    order = schedule(sides)
     for side in sides:
-        side.keeps_streams = on_gpu and _have_room(sides, data)
-    with (
-        stoppable() as check_stop,
-        loaded_ahead(
-            order,
-            Piece.load,
-            lambda piece: piece.nbytes,
-            budget=min(largest, _GPU_BUDGET if on_gpu else BUDGET),
-            threads=_GPU_THREADS if on_gpu else 1,
-        ) as loaded,
-        console.progress("evaluating", sum(piece.nbytes for piece in order)) as progress,
-    ):
+        side.keeps_streams = side.device.type == "cuda" and _have_room(sides, data)
+    nbytes = sum(piece.nbytes for side, block in order for piece in side.pieces(block))
+    with stoppable() as check_stop:
+        with console.progress("evaluating", nbytes) as progress:
 
-        def fill(side: Side, block: str) -> None:
-            """Bring a block into memory; blocks are asked for in the order of `schedule`."""
-            progress.describe(f"{side.name} {block}")
-            for wanted in side.pieces(block):
+            def note(what: str, nbytes: int) -> None:
                 check_stop()
-                piece, tensors = next(loaded)
-                assert piece is wanted, f"{piece.tensors[0].spec.name} comes"
-                side.install(piece, tensors)
-                progress.advance(piece.nbytes)
-            side.emulate_inputs(block)
+                progress.describe(what)
+                progress.advance(nbytes)
 
-        residual = _main_blocks(sides, data, fill, check_stop)
-        scores = _heads(sides, data, fill, check_stop)
-        return Measurements(residual, scores, _drafts(sides, data, fill, check_stop))
+            with filling(order, note) as fill:
+                residual = _main_blocks(sides, data, fill, check_stop)
+                scores = _heads(sides, data, fill, check_stop)
+                acceptance = _drafts(sides, data, fill, check_stop)
+        answers = answer_all(sides, asked, len(data.batches[0]), end, console, check_stop) if asked else []
+        return Measurements(residual, scores, acceptance, answers)
 
 
 def _have_room(sides: tuple[Side, Side], data: CalibrationData) -> bool:
@@ -145,14 +147,11 @@ def _have_room(sides: tuple[Side, Side], data: CalibrationData) -> bool:
     return streams + block + _GPU_WORK <= free
 
 
-Fill = Callable[[Side, str], None]
-
-
 def _main_blocks(
     sides: tuple[Side, Side], data: CalibrationData, fill: Fill, check_stop: Callable[[], None]
 ) -> list[ResidualError]:
     errors = []
-    for block in ("embed", *(f"layers.{index}" for index in range(sides[0].dims.layers))):
+    for block in main_blocks(sides[0]):
         for side in sides:
             fill(side, block)
             side.run(block, data.batches, check_stop)
@@ -210,13 +209,55 @@ def _result(
         **_quality(measured.scores),
         "residual": [error.as_dict() for error in measured.residual],
         "acceptance": _acceptance(sides, measured.acceptance),
-        "emulated": dict(
-            Counter(scheme.format for module, scheme in artifact.schemes.items() if artifact.runs(module))
-        ),
+        "answers": _answers(request.answers, measured.answers),
+        "activations": request.activations.value,
+        "emulated": _by_format(artifact, artifact.runs),
+        "rounded_inputs": _by_format(artifact, artifact.rounds),
+        "clipping": artifact.clipping.as_dict(),
+        "per_sample": _per_sample(measured),
         "device": str(reference.device),
         "seconds": round(seconds, 3),
         "peak_memory": peak_memory(),
         "versions": {"dsv4q": __version__, "torch": torch.__version__},
+    }
+
+
+def _by_format(side: Side, counts: Callable[[str], bool]) -> dict[str, int]:
+    return dict(Counter(scheme.format for module, scheme in side.schemes.items() if counts(module)))
+
+
+def _per_sample(measured: Measurements) -> dict[str, Any]:
+    """Sums of each sample, so that two results on the same text can be compared in pairs."""
+    scores = measured.scores
+    return {
+        "tokens": torch.cat(scores.positions).tolist(),
+        "nll": {name: torch.cat(parts).tolist() for name, parts in scores.nll.items()},
+        "kl_divergence": torch.cat(scores.divergence).tolist(),
+        "top1_agreement": torch.cat(scores.agreed).tolist(),
+        "drafts": {
+            "columns": COLUMNS,
+            **{one.main: one.columns.tolist() for one in measured.acceptance if one.main == one.draft and one.counts},
+        },
+    }
+
+
+def _answers(request: AnswersRequest, found: list[Answers]) -> dict[str, Any] | None:
+    """Both models' greedy answers, and the change of each rate; None if there are none."""
+    if not found:
+        return None
+    reference, artifact = found
+    equal = sum(
+        torch.equal(one.tokens, other.tokens) for one, other in zip(reference.answers, artifact.answers, strict=True)
+    )
+    return {
+        "source": "the text" if request.file is None else str(request.file),
+        "prompts": [one.prompt.tolist() for one in reference.answers],
+        "tokens": request.tokens,
+        **{one.name: one.as_dict() for one in found},
+        "equal": equal,
+        "differences": {
+            rate: change(artifact, reference, rate).as_dict() for rate in RATES if artifact.counts and reference.counts
+        },
     }
 
 

@@ -12,6 +12,7 @@ from dsv4q.checkpoint.source import scan
 from dsv4q.cli.options import Json, Quiet
 from dsv4q.console import console_of, human_bytes, human_seconds
 from dsv4q.errors import command
+from dsv4q.evaluation.rounding import Emulation
 from dsv4q.evaluation.show import show_evaluation
 from dsv4q.host import is_first_rank
 from dsv4q.verify.judge import verify as judge
@@ -91,6 +92,18 @@ def eval_(
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 512,
     micro_batch: Annotated[int, typer.Option(help="Texts computed at once.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    activations: Annotated[
+        Emulation,
+        typer.Option(
+            help="Inputs that are rounded: as kernels on SM 10.0 and later do; all but those of NVFP4 linears, "
+            "as on SM 9.0; none."
+        ),
+    ] = Emulation.KERNELS,
+    answers: Annotated[int, typer.Option(help="Prompts from the text that both models answer greedily.")] = 0,
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer, at most.")] = 64,
+    answers_from: Annotated[
+        Path | None, typer.Option(help='JSON with lists of token ids: "prompts", and "answers" if a server gave them.')
+    ] = None,
     save: Annotated[bool, typer.Option("--save", help="Write the result to ARTIFACT/eval.json as well.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -98,14 +111,19 @@ def eval_(
     """Compare the artifact with its source over a text.
 
     Runs both, block by block: perplexity, KL divergence, agreement, error of the residual streams, and how many
-    drafts of MTP the main model would accept. Inputs of quantized linears are rounded as the kernels do.
+    drafts of MTP the main model would accept: on the text, and with --answers on what each model says itself. Inputs
+    of quantized linears are rounded as the kernels do, and what their calibrated ranges clip is counted.
     """
     from dsv4q import evaluate as story
+    from dsv4q.evaluation.answers import AnswersRequest
     from dsv4q.evaluation.data import DataRequest
 
     console = console_of(as_json, quiet, is_first_rank)
     request = DataRequest(file=data, samples=samples, length=length, micro_batch=micro_batch)
-    job = story.EvaluationRequest(artifact=artifact, reference=reference, data=request, device=device, save=save)
+    job = story.EvaluationRequest(
+        artifact=artifact, reference=reference, data=request, device=device, activations=activations,
+        answers=AnswersRequest(answers, answer_tokens, answers_from), save=save,
+    )  # fmt: skip
     result = story.evaluate(job, console)
     console.data(result)
     show_evaluation(result, console)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dsv4q.data.files import FILE_TYPES
 from dsv4q.data.spec import DataSpec, Wording
-from dsv4q.data.tokens import BOS, CalibrationData, load_calibration, load_tokenizer
+from dsv4q.data.tokens import ASSISTANT, BOS, EOS, THINK_END, CalibrationData, load_calibration, load_tokenizer
 from dsv4q.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -81,6 +81,18 @@ def load_data(request: DataRequest, reference: Path, artifact: Path, vocab_size:
     if file.is_dir() or file.suffix.lower() in FILE_TYPES:
         return _conversations(request, file, tokenizer, vocab_size)
     return _plain_text(request, file, tokenizer, vocab_size)
+
+
+def turn_ids(reference: Path) -> tuple[list[int], int]:
+    """Ids with which an assistant's turn begins in chat mode, and the one with which it ends.
+
+    Raises:
+        DataError: as `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(reference)
+    begin: list[int] = tokenizer.encode(ASSISTANT + THINK_END, add_special_tokens=False).ids
+    (end,) = tokenizer.encode(EOS, add_special_tokens=False).ids
+    return begin, end
 
 
 def _default(reference: Path) -> Path:

@@ -116,6 +116,7 @@ def judge_draft(
     found = []
     for main in mains:
         acceptance = Acceptance(main.name, drafting.name)
+        drafting.clipping.counting = main is drafting
         for number, ids in enumerate(batches):
             check_stop()
             streams = main.streams[number].to(drafting.device)

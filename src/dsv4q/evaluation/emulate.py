@@ -121,6 +121,31 @@ def quantizer(scheme: StoredScheme, stored: Mapping[str, Tensor], global_scale: 
     return None
 
 
+def rounds_inputs(scheme: StoredScheme) -> bool:
+    """Whether `quantizer` gives something for this scheme."""
+    return scheme.input_arguments is not None or scheme.in_squares or (scheme.format == NVFP4 and scheme.input_scale)
+
+
+def calibrated_limit(scheme: StoredScheme, stored: Mapping[str, Tensor], global_scale: Tensor | None) -> Tensor | None:
+    """Largest magnitude F32 [1] of a linear's inputs that its calibrated scale represents; larger ones are clipped.
+
+    None: no scale of its inputs was calibrated, or one that is not symmetric and of the whole tensor. Arguments:
+    `quantizer`.
+    """
+    arguments = scheme.input_arguments
+    if arguments is None:
+        return None if global_scale is None else E2M1_MAX * E4M3_MAX / global_scale
+    if "input_global_scale" in stored:
+        return E2M1_MAX * E4M3_MAX / stored["input_global_scale"].to(torch.float32).reshape(1)
+    scale = stored.get("input_scale")
+    if arguments.dynamic or not arguments.symmetric or scale is None or scale.numel() != 1:
+        return None
+    from compressed_tensors.quantization.utils import calculate_range
+
+    largest: Tensor = calculate_range(arguments, str(scale.device))[1].to(torch.float32) * scale.reshape(1)
+    return largest
+
+
 def _by_library(scheme: StoredScheme, kept: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """compressed-tensors' own rounding, for schemes that are not written down here."""
     from compressed_tensors.quantization import fake_quantize

@@ -19,9 +19,11 @@ from dsv4q.checkpoint.headers import few
 from dsv4q.checkpoint.native import NativeCheckpoint, open_source
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.errors import CalibrationError, SourceError, command
-from dsv4q.evaluation.emulate import Quantizer, quantizer, shares_input_scale
+from dsv4q.evaluation.clipping import Clipping
+from dsv4q.evaluation.emulate import Quantizer, calibrated_limit, quantizer, rounds_inputs, shares_input_scale
 from dsv4q.evaluation.experts import RoundedExperts
 from dsv4q.evaluation.pieces import Loaded, Piece, SideTensor, pieces
+from dsv4q.evaluation.rounding import Emulation
 from dsv4q.layout import DSPARK, MTP, NO_DRAFT, Dims, Role, TensorSpec, source_tensors
 from dsv4q.model.model import (
     DeepseekV4ForCausalLMWithMTP,
@@ -57,6 +59,10 @@ class Side:
     model: DeepseekV4ForCausalLMWithMTP
     no_draft: str | None
     """Why no draft is judged; None if one is."""
+    emulation: Emulation = Emulation.KERNELS
+    """Which inputs are rounded."""
+    clipping: Clipping = field(default_factory=Clipping)
+    """What calibrated ranges clip of them."""
     keeps_streams: bool = False
     """Residual streams wait for the next block on the device, not on the host."""
     streams: list[Tensor] = field(default_factory=list)
@@ -95,6 +101,11 @@ class Side:
         """Whether an evaluation computes with a module: of the draft's only with those of one that is judged."""
         return not module.startswith("mtp.") or (self.no_draft is None and module.startswith(f"{DRAFT}."))
 
+    def rounds(self, module: str) -> bool:
+        """Whether inputs of a quantized linear are rounded here."""
+        scheme = self.schemes[module]
+        return self.runs(module) and self.emulation.rounds(scheme) and rounds_inputs(scheme)
+
     def install(self, piece: Piece, loaded: Loaded) -> None:
         """Put tensors into the model, decoded as the kernels see them."""
         for number, (tensor, weight) in enumerate(zip(piece.tensors, piece.decoded(loaded), strict=True)):
@@ -118,15 +129,23 @@ class Side:
                 shared[shares_input_scale(piece.spec)].append(scale.reshape(1))
         divisors = {group: torch.cat(scales).amin().reshape(1).to(self.device) for group, scales in shared.items()}
         for piece in linears:
-            assert piece.scheme is not None
-            scales = self._scales[piece.spec.module]
-            if piece.scheme.input_arguments is not None:
-                scales = {suffix: scale.to(self.device) for suffix, scale in scales.items()}
-            rounding = quantizer(piece.scheme, scales, divisors.get(shares_input_scale(piece.spec)))
+            rounding = self._rounding(piece, divisors)
             if rounding is not None:
                 module = self.model.get_submodule(piece.spec.hf_name.removesuffix(".weight"))
                 self._emulation.callback(module.register_forward_pre_hook(_rounded(rounding)).remove)
         self._batch_experts(block, divisors)
+
+    def _rounding(self, tensor: SideTensor, divisors: Mapping[str, Tensor]) -> Quantizer | None:
+        """What happens to the inputs of a linear; `divisors` are the global scales of the block by group."""
+        scheme = tensor.scheme
+        if scheme is None or not self.emulation.rounds(scheme):
+            return None
+        scales = self._scales[tensor.spec.module] if scheme.input_arguments is not None else {}
+        scales = {suffix: scale.to(self.device) for suffix, scale in scales.items()}
+        divisor = divisors.get(shares_input_scale(tensor.spec))
+        rounding = quantizer(scheme, scales, divisor)
+        limit = calibrated_limit(scheme, scales, divisor)
+        return rounding if rounding is None or limit is None else self.clipping.watched(tensor.spec, limit, rounding)
 
     def _batch_experts(self, block: str, divisors: Mapping[str, Tensor]) -> None:
         """Let the routed experts of a block compute all at once, where their kernel is written down here."""
@@ -143,8 +162,7 @@ class Side:
             projection = tensor.spec.module.rpartition(".")[2]
             weights[projection].append(self.model.get_parameter(tensor.spec.hf_name))
             if projection not in roundings:
-                divisor = divisors.get(shares_input_scale(tensor.spec))
-                roundings[projection] = None if scheme is None else quantizer(scheme, {}, divisor)
+                roundings[projection] = self._rounding(tensor, divisors)
         forward = RoundedExperts(
             **weights, limit=float(self.model.config.swiglu_limit),
             round_input=roundings["w1"], round_hidden=roundings["w2"],
@@ -250,7 +268,7 @@ def _check_scale(name: str, scale: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------ opening
 
 
-def open_side(name: str, path: Path, device: torch.device) -> Side:
+def open_side(name: str, path: Path, device: torch.device, emulation: Emulation = Emulation.KERNELS) -> Side:
     """Open a checkpoint of any form: BF16, native, or an artifact of compressed-tensors.
 
     Raises:
@@ -262,7 +280,7 @@ def open_side(name: str, path: Path, device: torch.device) -> Side:
     schemes, log = _schemes(checkpoint, dims)
     model = build_meta_model(checkpoint.config, str(path))
     rebuild_rotary(model, device)
-    side = Side(name, checkpoint, dims, schemes, device, model, _why_no_draft(checkpoint, dims))
+    side = Side(name, checkpoint, dims, schemes, device, model, _why_no_draft(checkpoint, dims), emulation)
     _require_tensors(side, log)
     return side
 
