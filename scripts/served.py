@@ -1,12 +1,12 @@
-"""Checkpoints served by stock vLLM, beside what `dsv4q eval` said of them offline. Needs GPUs and vLLM, as a user has them.
+"""Checkpoints served by stock vLLM, beside what `dsv4q eval` said of them offline. Needs a GPU and vLLM.
 
     python scripts/served.py ARTIFACT... --reference SOURCE [--data FILE] [--samples 64] [--length 512]
         [--answers 64] [--answer-tokens 128] [--at-once 64] [--drafts 0,1,2] [--tensor-parallel 1] [--eager]
         [--python "COMMAND"] [--json FILE]
 
-For SOURCE and each ARTIFACT: the negative log-likelihood of held-out text by vLLM's prompt log-probabilities, greedy answers and
-how many are SOURCE's own, tokens/s without a draft and with 1 and 2 tokens drafted at a time, and acceptance by the
-engine's own counters. Checkpoints may be of any layout that vLLM reads: ours, ModelOpt's, native, BF16.
+For SOURCE and each ARTIFACT: the negative log-likelihood of held-out text by vLLM's prompt log-probabilities, greedy
+answers and how many are SOURCE's own, tokens/s without a draft and with 1 and 2 tokens drafted at a time, acceptance by
+the engine's own counters. Checkpoints may be of any layout that vLLM reads: ours, ModelOpt's, native, BF16.
 
 Texts and prompts are those of `dsv4q eval --answers`: `heldout.jsonl` of SOURCE unless --data names others, each
 sample up to the assistant's first turn. `dsv4q eval ARTIFACT --reference SOURCE --answers 64 --save` writes
@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsv4q.evaluation.answers import AnswersRequest, prompts_of
 
 from bench_tables import table
 from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.errors import Dsv4qError, SourceError
+from dsv4q.evaluation.answers import AnswersRequest, prompts_of
 from dsv4q.evaluation.data import DataRequest, load_data, turn_ids
 from dsv4q.layout import DSPARK, MTP, Dims
 
@@ -236,23 +236,31 @@ def show(found: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str
         names = dict.fromkeys(run["checkpoint"] for run in here)
         rows = [row_of(name, [run for run in here if run["checkpoint"] == name], reference) for name in names]
         parts.append(f"Tensor parallel {gpus}:\n\n{table(head, rows)}")
-    said = [(folder, offline(folder)) for folder in options.artifacts]
-    rows = [offline_row(folder, result) for folder, result in said if result is not None]
+    rows = offline_rows(options)
     if rows:
+        head = ["checkpoint", "NLL", "the text's, step 1", "own answers, 1 drafted", "2 drafted", "activations"]
         parts.append(
-            "Offline, `dsv4q eval`:\n\n"
-            + table(["artifact", "NLL", "NLL of SOURCE", "step 1", "step 1 of SOURCE", "activations"], rows)
+            f"Offline, `dsv4q eval`; acceptance on the text and on the model's own answers:\n\n{table(head, rows)}"
         )
     return "\n\n".join(parts)
 
 
-def offline_row(folder: Path, result: Mapping[str, Any]) -> list[object]:
-    nll = [f"{math.log(result['perplexity'][side]['value']):.6f}" for side in ("artifact", "reference")]
-    steps = [result["acceptance"]["pairs"].get(pair, {}).get("step_1", {}).get("value") for pair in _PAIRS]
-    return [str(folder), *nll, *(None if s is None else f"{100 * s:.2f} %" for s in steps), result.get("activations")]
+def offline_rows(options: argparse.Namespace) -> list[list[object]]:
+    """What was said of SOURCE and of each artifact that has an eval.json."""
+    said = {folder: result for folder in options.artifacts if (result := offline(folder)) is not None}
+    rows = [offline_row(folder, "artifact", result) for folder, result in said.items()]
+    if said:
+        rows.insert(0, offline_row(options.reference, "reference", next(iter(said.values()))))
+    return rows
 
 
-_PAIRS = ("artifact", "reference")
+def offline_row(folder: Path, side: str, result: Mapping[str, Any]) -> list[object]:
+    pairs = {(pair["main"], pair["draft"]): pair for pair in result["acceptance"]["pairs"]}
+    answers = (result.get("answers") or {}).get(side) or {}
+    rates = [pairs[side, side].get("step_1"), *(answers.get(k, {}).get("acceptance") for k in ("k_1", "k_2"))]
+    shares = [None if rate is None else f"{100 * rate['value']:.2f} %" for rate in rates]
+    rounded = result.get("activations") if side == "artifact" else None
+    return [str(folder), f"{math.log(result['perplexity'][side]['value']):.6f}", *shares, rounded]
 
 
 def main() -> None:

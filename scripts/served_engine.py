@@ -1,9 +1,9 @@
-"""One vLLM engine for served.py: reads texts, answers prompts, says what its counters say. Imports vLLM, torch and nothing of dsv4q.
+"""One vLLM engine for served.py: reads texts, answers prompts, says what its counters say. Nothing of dsv4q is needed.
 
     python scripts/served_engine.py JOB.json RESULT.json
 
-JOB has `model`, `speculation` (vLLM's speculative config or null), `tensor_parallel`, `eager`, `texts` and `prompts` (lists of token
-ids), `answer_tokens` and `at_once`. One engine a process: vLLM does not give a GPU's memory back otherwise.
+JOB has `model`, `speculation` (vLLM's speculative config or null), `tensor_parallel`, `eager`, `texts` and `prompts`
+(lists of token ids), `answer_tokens` and `at_once`. One engine a process: vLLM gives a GPU's memory back at its end.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ from train_tiny_finish import (
 )
 from train_tiny_model import DRAFT_WEIGHT, Losses, Watch, build, csa_layers, inputs_for, run, set_rounding
 
-# What vLLM's kernels take on SM 9.0 (0.33.0): heads of 512 with 64 rotary dimensions, an indexer of 128, widths that are
-# multiples of 128, experts' widths of 256, a power of two of experts, windows and top-k that are multiples of 64.
+# What the kernels of vLLM 0.33.0 take on SM 9.0: heads of 512 with 64 rotary dimensions, an indexer of 128, widths that
+# are multiples of 128, of experts 256, a power of two of experts, windows and top-k that are multiples of 64.
 _SERVED = ToyConfig(
     moe_intermediate_size=256,
     head_dim=512,
