@@ -85,7 +85,7 @@ KERNELS = {
     "hidden_size": multiple(128),
     "q_lora_rank": multiple(128),
     "o_lora_rank": multiple(128),
-    "index_n_heads": only(8, 16, 32, 64, 128),
+    "index_n_heads": only(32, 64),
     "index_topk": multiple(64),
     "sliding_window": multiple(64),
     "moe_intermediate_size": multiple(256),

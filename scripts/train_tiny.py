@@ -48,12 +48,14 @@ from train_tiny_finish import (
 )
 from train_tiny_model import DRAFT_WEIGHT, Losses, Watch, build, csa_layers, inputs_for, run, set_rounding
 
-# What the kernels of vLLM 0.33.0 take on SM 9.0: heads of 512 with 64 rotary dimensions, an indexer of 128, widths that
+# What the kernels of vLLM 0.33.0 take on SM 9.0: heads of 512 with 64 rotary dimensions, an indexer of 32
+# heads of 128, widths that
 # are multiples of 128, of experts 256, a power of two of experts, windows and top-k that are multiples of 64.
 _SERVED = ToyConfig(
     moe_intermediate_size=256,
     head_dim=512,
     qk_rope_head_dim=64,
+    index_n_heads=32,
     index_head_dim=128,
     index_topk=64,
     sliding_window=128,
@@ -70,7 +72,6 @@ WIDTHS = {
         num_attention_heads=4,
         q_lora_rank=128,
         o_lora_rank=128,
-        index_n_heads=8,
     ),
     "served": replace(
         _SERVED,
@@ -81,7 +82,6 @@ WIDTHS = {
         num_attention_heads=8,
         q_lora_rank=256,
         o_lora_rank=256,
-        index_n_heads=32,
     ),
     "small": ToyConfig(hidden_size=128, o_lora_rank=64, num_attention_heads=4, index_topk=32, shards=2),
     "least": ToyConfig(

@@ -29,9 +29,11 @@ class Done:
     err: str
 
 
-def quantize(source: Path, out: Path, ranks: int, config: Path = TOY, *, kill: str | None = None) -> Done:
+def quantize(
+    source: Path, out: Path, ranks: int, config: Path = TOY, *, kill: str | None = None, hang: str = ""
+) -> Done:
     """`dsv4q quantize` as users start it; see `started`."""
-    return started(ranks, "quantize", source, out, "-c", config, kill=kill)
+    return started(ranks, "quantize", source, out, "-c", config, kill=kill, hang=hang)
 
 
 def rehearse(source: Path, out: Path, ranks: int, *flags: str, kill: str | None = None) -> Done:
@@ -39,8 +41,11 @@ def rehearse(source: Path, out: Path, ranks: int, *flags: str, kill: str | None 
     return started(ranks, "rehearse", out, "-c", TOY, "--source", source, *flags, kill=kill)
 
 
-def started(ranks: int, *arguments: object, kill: str | None) -> Done:
-    """A command under torchrun; `kill` = "RANK:BLOCK" SIGKILLs that rank when it begins that block."""
+def started(ranks: int, *arguments: object, kill: str | None, hang: str = "") -> Done:
+    """A command under torchrun; `kill` = "RANK:BLOCK" SIGKILLs that rank when it begins that block.
+
+    The rank that `hang` names waits there for ever, in a call that no signal interrupts.
+    """
     command = ["dsv4q", *map(str, arguments), "--device", "cpu"]
     start = [sys.executable, "-m"]
     if ranks > 1:
@@ -50,7 +55,7 @@ def started(ranks: int, *arguments: object, kill: str | None) -> Done:
         command = command[1:]
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)]),
-        "KILL": kill or "",
+        "KILL": kill or "", "HANG": hang,
     }  # fmt: skip
     done = subprocess.run([*start, *command], capture_output=True, text=True, env=environment)
     return Done(done.returncode, done.stdout, done.stderr)
@@ -111,6 +116,14 @@ def test_a_rank_that_dies_ends_the_job_and_another_number_of_ranks_resumes_it(
     whole, shared = planned(job, 1)[0], work_done(tmp_path / "out")
     assert [rank["rank"] for rank in shared] == [0, 1]
     assert all(sum(rank[key] for rank in shared) == whole[key] for key in ("encoded_linears", "write_bytes"))
+
+
+def test_a_rank_that_cannot_be_reached_says_so_and_ends_when_another_is_gone(job: Job, tmp_path: Path) -> None:
+    done = quantize(job.source, tmp_path / "out", 2, kill="1:layers.2", hang="0:layers.2")
+    assert done.code != 0
+    assert "error: This rank was told to end and does not come out of its wait" in done.err
+    assert "where: rank 0" in done.err and "the same command goes on" in done.err
+    assert quantize(job.source, tmp_path / "out", 1).code == 0
 
 
 def test_a_rehearsal_of_several_ranks_writes_the_shards_of_one(job: Job, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -247,6 +248,44 @@ def is_first_rank() -> bool:
     return rank_variables().rank == 0
 
 
+PATIENCE = 10.0
+"""Seconds after SIGTERM in which a rank has to come to a place where it may end. torchrun kills after 30."""
+
+
+@contextmanager
+def _ended_if_stuck() -> Iterator[None]:
+    """Context that ends this rank, with a word, if it has not left it so long after SIGTERM.
+
+    A kernel of NCCL waits for a peer that is gone for as long as its timeout, hours here, and the main thread, which
+    waits for the kernel, runs no Python in which a signal would be heard. So another thread hears it.
+    """
+    heard, pipe = socket.socketpair()
+    pipe.setblocking(False)
+    left = threading.Event()
+
+    def listen() -> None:
+        while number := heard.recv(1):
+            if number[0] == signal.SIGTERM and not left.wait(PATIENCE):
+                error = RankError(
+                    "This rank was told to end and does not come out of its wait for the others; one of them is gone",
+                    where=f"rank {os.environ.get('RANK', '0')}",
+                    found=f"nothing that can be interrupted in {PATIENCE:.0f} s after SIGTERM",
+                    hint="the message of the rank that failed first says why; finished blocks are kept, and the same "
+                    "command goes on from there, with any number of ranks",
+                )
+                os.write(2, f"error: {error.text()}\n".encode())
+                os._exit(1)
+
+    before = signal.set_wakeup_fd(pipe.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, name="dsv4q-signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(before)
+        pipe.close()
+
+
 @contextmanager
 def stoppable() -> Iterator[Callable[[], None]]:
     """Context in which Ctrl-C, SIGTERM and SIGHUP wait for a call of the function that it gives.
@@ -255,8 +294,8 @@ def stoppable() -> Iterator[Callable[[], None]]:
         KeyboardInterrupt: there was such a signal.
 
     A second Ctrl-C ends the process at once; what is finished is on disk at any moment. Once one of several ranks has
-    failed in here, it does not heed SIGTERM any more. Off the main thread, where no
-    handler can be set, signals are left as they are.
+    failed in here, it does not heed SIGTERM any more; one that cannot be reached is ended (`PATIENCE`). Off the main
+    thread, where no handler can be set, signals are left as they are.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -277,10 +316,12 @@ def stoppable() -> Iterator[Callable[[], None]]:
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     numbers = (signal.SIGINT, signal.SIGTERM, *(() if nohup else (signal.SIGHUP,)))
     before = {number: signal.signal(number, note) for number in numbers}
+    several = rank_variables().count > 1
     try:
-        yield check
+        with _ended_if_stuck() if several else nullcontext():
+            yield check
     except BaseException:
-        if rank_variables().count > 1:
+        if several:
             # torchrun sends SIGTERM to all ranks when one fails: what this one has to say and to clean comes first.
             del before[signal.SIGTERM]
         raise
