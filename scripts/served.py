@@ -150,7 +150,7 @@ def serve(options: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
         asked, answered = Path(folder) / "job.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(job))
         command = [*shlex.split(options.python), str(ENGINE), str(asked), str(answered)]
-        subprocess.run(command, stdout=sys.stderr, check=True, env={"VLLM_LOGGING_LEVEL": "WARNING", **os.environ})
+        subprocess.run(command, stdout=2, check=True, env={"VLLM_LOGGING_LEVEL": "WARNING", **os.environ})
         found: dict[str, Any] = json.loads(answered.read_text())
     return found
 

@@ -1,0 +1,132 @@
+"""scripts/served.py with a stand-in for vLLM: what it asks for, what it shows, what it refuses. No engine runs here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4q.console import Console, Mode
+from dsv4q.evaluate import EvaluationRequest, evaluate
+from dsv4q.evaluation.answers import AnswersRequest
+from dsv4q.evaluation.data import DataRequest
+from dsv4q.layout import CSA, SLIDING
+from dsv4q.made_up.native import native_form
+from dsv4q.made_up.toy import ToyConfig, with_draft, write_toy
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import served  # noqa: E402
+
+STAND_IN = shlex.join([sys.executable, str(Path(__file__).parent / "vllm_stand_in.py")])
+WIDTHS = ToyConfig(
+    hidden_size=128,
+    moe_intermediate_size=256,
+    n_routed_experts=2,
+    compress_ratios=(SLIDING, CSA, SLIDING),
+    num_hash_layers=1,
+    num_attention_heads=2,
+    head_dim=512,
+    qk_rope_head_dim=64,
+    o_groups=1,
+    o_lora_rank=128,
+    index_n_heads=32,
+    index_head_dim=128,
+    index_topk=64,
+    sliding_window=64,
+    shards=2,
+)
+SMALL = ("--samples", "4", "--length", "64", "--answers", "3", "--answer-tokens", "8", "--python", STAND_IN)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("served") / "source"
+    write_toy(out, WIDTHS, 0, native_form())
+    return out
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["served.py", *map(str, arguments), *SMALL])
+    served.main()
+
+
+def copy_of(source: Path, out: Path) -> Path:
+    shutil.copytree(source, out)
+    return out
+
+
+def test_each_checkpoint_has_a_row_with_what_the_engines_counted(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy_of(source, tmp_path / "other")
+    run(monkeypatch, other, "--reference", source, "--tensor-parallel", "1,2", "--json", tmp_path / "found.json")
+    text = capsys.readouterr().out
+    for folder in (source, other):
+        rows = [line for line in text.splitlines() if line.startswith(f"| {folder} |")]
+        assert len(rows) == 2  # one and two GPUs
+        assert all(row.endswith("| 3 of 3 | 500 | 75.00 % | 667 | 75.00 % | 1000 |") for row in rows)
+    found = json.loads((tmp_path / "found.json").read_text())["runs"]
+    engines = [(one["checkpoint"], one["gpus"], one["drafted"]) for one in found if "checkpoint" in one]
+    assert engines == [(str(f), gpus, k) for gpus in (1, 2) for f in (source, other) for k in (0, 1, 2)]
+
+
+def test_only_the_first_engine_of_a_checkpoint_reads_the_text(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "--reference", source, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert [one.get("read_tokens") for one in found if "checkpoint" in one] == [4 * 64, None, None]
+
+
+def test_prompts_are_those_that_eval_answers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "--reference", source, "--drafts", "0", "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["runs"]
+    request = EvaluationRequest(source, source, DataRequest(None, 4, 64, 2), "cpu", answers=AnswersRequest(3, 8))
+    assert found[-1]["prompts"] == evaluate(request, Console(Mode.QUIET))["answers"]["prompts"]
+
+
+def test_what_eval_said_stands_beside_what_was_served(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy_of(source, tmp_path / "other")
+    request = EvaluationRequest(
+        other, source, DataRequest(None, 4, 64, 2), "cpu", save=True, answers=AnswersRequest(3, 8)
+    )
+    said = evaluate(request, Console(Mode.QUIET))
+    run(monkeypatch, other, "--reference", source)
+    offline = capsys.readouterr().out.split("Offline")[1]
+    rate = said["answers"]["artifact"]["k_1"]["acceptance"]["value"]
+    assert f"| {100 * rate:.2f} % |" in offline and f"| {other} |" in offline and "| kernels |" in offline
+
+
+def test_an_engine_that_fails_is_named_and_the_others_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = copy_of(source, tmp_path / "broken-one")
+    (broken / "broken").touch()
+    with pytest.raises(SystemExit, match=r"failed: .*broken-one, 0 drafted; .*1 drafted; .*2 drafted"):
+        run(monkeypatch, broken, "--reference", source)
+    text = capsys.readouterr().out
+    assert f"| {broken} | failed |" in text and f"| {source} | 0." in text
+
+
+def test_widths_without_a_kernel_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_toy(tmp_path / "toy", ToyConfig(), 0)
+    with pytest.raises(SystemExit, match=r"vLLM 0\.33\.0 has no kernels") as stopped:
+        run(monkeypatch, "--reference", tmp_path / "toy")
+    for words in ("head_dim 512", "index_n_heads 32 or 64", "moe_intermediate_size a multiple of 256", "head_dim 64"):
+        assert words in str(stopped.value)
+
+
+@pytest.mark.parametrize("kind,tokens", [("dspark", 5), ("mtp", 2)])
+def test_the_draft_is_asked_for_by_its_kind(kind: str, tokens: int, tmp_path: Path) -> None:
+    config: dict[str, Any] = with_draft(WIDTHS, kind).as_config_json()
+    assert served.speculation(config, tmp_path, 2) == {"method": kind, "num_speculative_tokens": tokens}
+    assert served.speculation(config, tmp_path, 0) is None

@@ -1,0 +1,30 @@
+"""What served.py starts in place of Python with vLLM: writes a result as served_engine.py does, without an engine.
+
+    python tests/vllm_stand_in.py ENGINE JOB.json RESULT.json
+
+The figures are functions of the job, so that a test knows them. A folder with a file `broken` fails.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+job = json.loads(Path(sys.argv[2]).read_text())
+if (Path(job["model"]) / "broken").is_file():
+    sys.exit("no kernel for this")
+tokens = 0 if job["speculation"] is None else job["speculation"]["num_speculative_tokens"]
+drafts = 100 * bool(tokens)
+found = {
+    "vllm": "0.33.0",
+    "torch": "2",
+    "gpu": f"a stand-in of {job['tensor_parallel']}",
+    "tokens": 1000,
+    "seconds": 2.0 - 0.5 * tokens,
+    "answers": [[*prompt[-1:], tokens and 0] for prompt in job["prompts"]],
+    "counters": {"drafts": drafts, "draft_tokens": drafts * tokens, "accepted_tokens": drafts * tokens * 0.75},
+}
+if job["texts"]:
+    found |= {"nll": sum(map(sum, job["texts"])) / 1e6, "read_tokens": sum(map(len, job["texts"]))}
+Path(sys.argv[3]).write_text(json.dumps(found))
