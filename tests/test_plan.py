@@ -20,11 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from dsv4q.checkpoint.native import as_source
 from dsv4q.checkpoint.shards import _cuts
 from dsv4q.checkpoint.source import scan
 from dsv4q.config import Config, DraftChoice, Output, load_config, parse_config
 from dsv4q.errors import ConfigError, Dsv4qError, OutputError, RecipeError, SourceError
 from dsv4q.layout import DTYPE_BYTES
+from dsv4q.made_up.generated import GeneratedCheckpoint
+from dsv4q.made_up.packed import PackedCheckpoint
 from dsv4q.made_up.toy import ToyConfig
 from dsv4q.plan.plan import Plan, make_plan
 from dsv4q.plan.small_files import write_skeleton
@@ -171,10 +174,18 @@ def test_memory_needed_is_a_few_blocks_whatever_the_number_of_layers(tmp_path: P
     assert (few.host, few.gpu) == (many.host, many.gpu)
 
 
-def test_memory_needed_holds_a_main_layer_and_what_is_made_of_it(full: Plan) -> None:
+def test_memory_needed_holds_a_main_layer_and_what_is_made_of_it(tmp_path: Path) -> None:
+    bf16 = {key: value for key, value in json.loads(FLASH.read_text()).items() if key != "quantization_config"}
+    full = plan_of(bf16, tmp_path, shipped())
     least, most = full.estimate.gpu_least, full.estimate.gpu[0].nbytes
     assert 13.16e9 + 3.80e9 < least < full.estimate.host < 40e9
     assert least + 12.9e9 < most < 45e9
+
+
+def test_memory_needed_for_the_official_files_is_known_by_their_config_alone(full: Plan) -> None:
+    there = PackedCheckpoint.of(GeneratedCheckpoint.of(json.loads(FLASH.read_text()), FLASH))
+    assert make_plan(as_source(there), shipped()).estimate == full.estimate
+    assert full.estimate.gpu_least < 3.8e9 + 3.4e9 + 4.1e9 < full.estimate.gpu[0].nbytes < 26e9
 
 
 def test_a_larger_micro_batch_needs_more_memory_and_no_more_disk(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dsv4q.layout import HEAD_COPIES, NO_DRAFT, Dims, Shape, TensorSpec, source_
 from dsv4q.plan.draft import DraftForm, is_fp8_blocks, recipe_targets
 from dsv4q.plan.model_config import carried_config
 from dsv4q.plan.needs import CUDA_BYTES, Estimate, estimate
-from dsv4q.plan.origin import Origin, SourceFiles
+from dsv4q.plan.origin import ASSUMED_NATIVE, Origin, SourceFiles
 from dsv4q.plan.targets import published_config, select
 from dsv4q.recipe.recipe import library_recipe
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme, stored_tensors
@@ -154,7 +154,9 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     shards = balanced_shards(tensors, config.output.shards)
     files = SourceFiles.of(checkpoint, specs)
     in_stacks = _experts_in_stacks(specs, config, group_of)
-    packed = in_stacks and _experts_packed(checkpoint, specs, group_of)
+    packed = in_stacks and (
+        _experts_packed(checkpoint, specs, group_of) if checkpoint.has_weights else files.layout == ASSUMED_NATIVE
+    )
     needs = estimate(specs, shards, config, dims, lambda name: files.entries[name][1] if packed else 0)
     carried, odd_keys = carried_config(checkpoint.config, checkpoint.config_file)
     names = checkpoint.tensors if checkpoint.has_weights else (s.name for s in specs)
