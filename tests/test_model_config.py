@@ -123,3 +123,40 @@ def test_a_missing_tokenizer_is_a_warning_where_none_is_needed(source: Path, tmp
     assert "warning: The checkpoint has no tokenizer" in planned.err
     said, _ = made(source)
     assert "warning: The checkpoint has no tokenizer" in said.err
+
+
+# ------------------------------------------------------------------------------------------------ rope_scaling
+
+YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "where", "found"),
+    [
+        ({key: value for key, value in YARN.items() if key != "factor"}, "rope_scaling.factor", "absent"),
+        ({**YARN, "factor": "16"}, "rope_scaling.factor", '"16"'),
+        ({**YARN, "beta_fast": None}, "rope_scaling.beta_fast", "null"),
+        ({"type": "linear"}, "rope_scaling.factor", "absent"),
+        ({**YARN, "type": "su"}, "rope_scaling", '"su"'),
+        ("yarn", "rope_scaling", '"yarn"'),
+    ],
+)
+def test_a_rope_scaling_that_cannot_be_computed_is_named_before_the_run(
+    scaling: object, where: str, found: str, source: Path, tmp_path: Path
+) -> None:
+    edit_config(source, rope_scaling=scaling)
+    said = dsv4q("quantize", source, tmp_path / "out", "-c", calibrated(tmp_path))
+    assert said.code == 1 and not (tmp_path / "out").exists()
+    assert f"config.json: {where}\n" in said.err and found in said.err
+
+
+def test_no_rope_scaling_is_taken(source: Path) -> None:
+    edit_config(source, rope_scaling=None)
+    assert made(source)[1]["rope_scaling"] is None
+
+
+def test_eval_names_a_config_that_transformers_does_not_take(source: Path, tmp_path: Path) -> None:
+    edit_config(source, rope_scaling={"type": "yarn"})
+    said = dsv4q("eval", source, "--reference", source, "--samples", 1, "--length", 8, "--device", "cpu")
+    assert said.code == 1
+    assert "error: transformers cannot build the model" in said.err and f"{source / 'config.json'}" in said.err

@@ -16,6 +16,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -230,15 +231,26 @@ def build_meta_model(
         config: a parsed config.json; its `quantization_config` is left out, for the model computes in BF16.
         name_or_path: what llmcompressor will read config.json from (`oneshot` refuses a model without it).
         expert_modules: routed experts of each block as modules; all if left out.
+
+    Raises:
+        SourceError: transformers does not take a value of config.json.
     """
     # A deep copy, for DeepseekV4Config writes into the nested mappings that it is given (rope_scaling).
     settings = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
     settings.setdefault("num_nextn_predict_layers", 0)
-    hf_config = DeepseekV4Config.from_dict(settings)
-    hf_config.dtype = torch.bfloat16
-    hf_config._attn_implementation = "eager"
-    with torch.device("meta"), upstream.default_dtype(torch.bfloat16):
-        model = DeepseekV4ForCausalLMWithMTP(hf_config, expert_modules)
+    try:
+        hf_config = DeepseekV4Config.from_dict(settings)
+        hf_config.dtype = torch.bfloat16
+        hf_config._attn_implementation = "eager"
+        with torch.device("meta"), upstream.default_dtype(torch.bfloat16):
+            model = DeepseekV4ForCausalLMWithMTP(hf_config, expert_modules)
+    except (KeyError, TypeError, ValueError) as error:  # a value that transformers looks at first here
+        raise SourceError(
+            "transformers cannot build the model that config.json describes",
+            where=Path(name_or_path) / "config.json",
+            found=f"{type(error).__name__}: {error}"[:300],
+            hint="compare it with config.json of the release",
+        ) from error
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and any(part in name for part in upstream.F32_TENSORS):
             set_tensor(model, name, tensor.to(torch.float32))

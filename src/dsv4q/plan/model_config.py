@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from dsv4q.errors import SourceError
 
 _DTYPES = ("torch_dtype", "dtype")
 """The old and the new name; weights that stay as they are are BF16, and a consumer computes in this type."""
+
+_ROTARY = ("yarn", "default", "linear", "dynamic")
+_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 
 
 def carried_config(config: dict[str, Any], file: Path) -> tuple[dict[str, Any], list[SourceError]]:
@@ -39,6 +43,43 @@ def carried_config(config: dict[str, Any], file: Path) -> tuple[dict[str, Any], 
         else:
             found[key] = value
     return found, warnings
+
+
+def rotary_problem(config: Mapping[str, Any], file: Path) -> SourceError | None:
+    """What is wrong with `rope_scaling`: transformers, and vLLM, would stop at it after minutes, without a name.
+
+    DeepSeek-V4 has YaRN (https://arxiv.org/abs/2309.00071). null, the old name `rope_type` and the plain scalings are
+    taken; their keys are those of transformers' `modeling_rope_utils`.
+    """
+    scaling = config.get("rope_scaling") or None
+    if scaling is None:
+        return None
+    kind = scaling.get("type", scaling.get("rope_type", "default")) if isinstance(scaling, dict) else None
+    hint = 'the releases have {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, …}'
+    if kind not in _ROTARY:
+        return SourceError(
+            "config.json has a rope_scaling that DeepSeek-V4 does not know",
+            where=f"{file}: rope_scaling",
+            expected=" or ".join(_ROTARY),
+            found=json.dumps(scaling)[:200],
+            hint=hint,
+        )
+    wrong = [key for key in _NUMBERS if key in scaling and not _is_number(scaling[key])]
+    if kind != "default" and not _is_number(scaling.get("factor")):
+        wrong = ["factor", *(key for key in wrong if key != "factor")]
+    if not wrong:
+        return None
+    return SourceError(
+        "config.json has a rope_scaling without all of its numbers",
+        where=f"{file}: rope_scaling.{wrong[0]}",
+        expected="a number",
+        found=json.dumps(scaling[wrong[0]])[:200] if wrong[0] in scaling else "absent",
+        hint=hint,
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def code_files(folder: Path) -> list[str]:

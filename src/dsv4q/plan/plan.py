@@ -21,7 +21,7 @@ from dsv4q.config import Config
 from dsv4q.errors import ConfigError, Dsv4qError, RecipeError
 from dsv4q.layout import HEAD_COPIES, NO_DRAFT, Dims, Shape, TensorSpec, source_tensors
 from dsv4q.plan.draft import DraftForm, is_fp8_blocks, recipe_targets
-from dsv4q.plan.model_config import carried_config
+from dsv4q.plan.model_config import carried_config, rotary_problem
 from dsv4q.plan.needs import CUDA_BYTES, Estimate, estimate
 from dsv4q.plan.origin import ASSUMED_NATIVE, Origin, SourceFiles
 from dsv4q.plan.targets import published_config, select
@@ -140,6 +140,8 @@ def make_plan(checkpoint: Checkpoint, config: Config, *, free_disk: int | None =
     problems: list[Dsv4qError] = list(checkpoint.problems)
     if checkpoint.has_weights:
         problems += compare_with_layout(checkpoint, dims)
+    rotary = rotary_problem(checkpoint.config, checkpoint.config_file)
+    problems += [] if rotary is None else [rotary]
     form = DraftForm.of(config, dims)
     selection = select(config.groups, config.ignore, specs, form)
     problems += selection.problems
