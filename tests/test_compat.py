@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import fields, replace
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 import torch
 
-from artifact_maker import edit, edit_config, edit_json
+from artifact_maker import copy, edit, edit_config, edit_json
 from dsv4q.__main__ import main
-from dsv4q.config import Output, load_config
-from dsv4q.engines.compat import FAILS, LOADS, UNKNOWN, WORDS, WRONG, rows_of, serving, table
+from dsv4q.checkpoint.native import scan_source
+from dsv4q.checkpoint.source import scan
+from dsv4q.config import Activations, Output, load_config
+from dsv4q.console import Console, Mode
+from dsv4q.engines.compat import FAILS, LOADS, UNKNOWN, WORDS, WRONG, hardware_of, rows_of, servings, table
 from dsv4q.engines.facts import Facts, read_facts
+from dsv4q.export.plan import plan_export
 from dsv4q.made_up.native import native_form
-from dsv4q.made_up.toy import RANDOM, ToyConfig, with_draft, write_toy
+from dsv4q.made_up.toy import RANDOM, with_draft, write_toy
+from dsv4q.plan.modelcard import plan_facts
 from dsv4q.plan.plan import make_plan
 from dsv4q.plan.small_files import write_skeleton
-from dsv4q.checkpoint.source import scan
+from dsv4q.quantize import Job, quantize
 from export_toys import TINY, native_toy, quantized, to_modelopt
 from runs import CONFIGS
 
@@ -43,7 +48,7 @@ def skeleton(folder: Path, config: str = "nvfp4-fp8-mtp", draft: str = "mtp", **
 
 
 def words(path: Path) -> Words:
-    return {row.name.split(" (")[0].removesuffix(" main of 2026"): row.word for row in rows_of(read_facts(path))}
+    return {row.name.removesuffix(" main at 02586bf"): row.word for row in rows_of(read_facts(path))}
 
 
 def verdicts(path: Path) -> dict[str, tuple[str, str | None]]:
@@ -129,23 +134,15 @@ def test_copies_of_the_shared_head_with_dspark_are_fatal(tmp_path: Path) -> None
     assert verdicts(folder)["vLLM 0.33.0"] == (LOADS, FAILS)
 
 
-def test_an_ignore_list_without_the_draft_makes_it_garbage_in_vllm_alone(
-    modelopt: Path, tmp_path: Path, copied: Any = None
-) -> None:
-    import shutil
-
-    folder = tmp_path / "artifact"
-    shutil.copytree(modelopt, folder)
+def test_an_ignore_list_without_the_draft_makes_it_garbage_in_vllm_alone(modelopt: Path, tmp_path: Path) -> None:
+    folder = copy(modelopt, tmp_path / "artifact")
     edit_config(folder, lambda quantization: quantization["ignore"].remove("mtp.*"))
     found = verdicts(folder)
     assert found["vLLM 0.33.0"] == (LOADS, WRONG) and found["SGLang 0.5.23"] == (LOADS, LOADS)
 
 
 def test_without_moe_quant_algo_no_engine_reads_the_experts(modelopt: Path, tmp_path: Path) -> None:
-    import shutil
-
-    folder = tmp_path / "artifact"
-    shutil.copytree(modelopt, folder)
+    folder = copy(modelopt, tmp_path / "artifact")
     edit_config(folder, lambda quantization: quantization.pop("moe_quant_algo"))
     found = verdicts(folder)
     assert found["vLLM 0.33.0"][0] == FAILS and found["SGLang 0.5.23"][0] == UNKNOWN
@@ -155,5 +152,186 @@ def test_a_form_without_a_rule_is_not_called_good(tmp_path: Path) -> None:
     folder = write_toy(tmp_path / "toy", TINY).out
     name = "layers.0.ffn.experts.0.w1.weight"
     edit(folder, {name: torch.zeros(64, 128, dtype=torch.float16)})
-    edit_json(folder, "config.json", lambda config: config.update(quantization_config={"quant_method": "compressed-tensors"}))
+    stated = {"quant_method": "compressed-tensors"}
+    edit_json(folder, "config.json", lambda config: config.update(quantization_config=stated))
     assert verdicts(folder)["vLLM 0.33.0"] == (UNKNOWN, None)
+
+
+@pytest.mark.parametrize("config", ["nvfp4-fp8-mtp", "w4a16-fp8-mtp"])
+@pytest.mark.parametrize("draft", ["mtp", "dspark"])
+def test_the_plan_of_an_artifact_has_the_verdicts_of_the_artifact(tmp_path: Path, config: str, draft: str) -> None:
+    form = {} if config == "nvfp4-fp8-mtp" or draft == "mtp" else {"experts": "bf16"}
+    made = skeleton(tmp_path, config, draft, **form)
+    parsed = load_config(CONFIGS / f"{config}.yaml").model_copy(update={"output": Output(shards=2)})
+    parsed = parsed.model_copy(update={"draft": parsed.draft.model_copy(update=form)})
+    with scan(tmp_path / "source.json") as checkpoint:
+        assert plan_facts(make_plan(checkpoint, parsed)) == read_facts(made)
+
+
+# ------------------------------------------------------------------------------------------------ the data file
+
+
+RULES = [rule for engine in table()["engines"] for part in ("model", "draft") for rule in engine[part]]
+
+
+@pytest.mark.parametrize("rule", [*RULES, *table()["hardware"]], ids=str)
+def test_a_rule_asks_for_facts_that_there_are_in_words_that_they_have(rule: dict[str, Any]) -> None:
+    types = get_type_hints(Facts)
+    known = {"layout": {"compressed-tensors", "modelopt", "native", "bf16"}, "draft": {"mtp", "dspark"}}
+    forms = {"nvfp4", "nvfp4-weight-only", "int", "mxfp4", "fp8", "bf16"}
+    known |= dict.fromkeys(("experts", "attention", "draft_experts"), forms)
+    for key, wanted in rule["when"].items():
+        for word in wanted if isinstance(wanted, list) else [wanted]:
+            assert type(word) is types[key] and word in known.get(key, {word})
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_rule_says_why_and_what_stands_behind_it(rule: dict[str, Any]) -> None:
+    assert rule.keys() == {"when", "loads", "why", "known", "source"}
+    assert rule["loads"] in WORDS and rule["known"] in ("run", "read") and rule["why"] and rule["source"]
+
+
+def test_no_rule_is_hidden_by_one_before_it() -> None:
+    def words_of(value: object) -> set[object]:
+        return set(value) if isinstance(value, list) else {value}
+
+    for engine in table()["engines"]:
+        for part in ("model", "draft"):
+            seen: list[dict[str, Any]] = []
+            for rule in engine[part]:
+                when = rule["when"]
+                for before in seen:
+                    hides = all(key in when and words_of(when[key]) <= words_of(v) for key, v in before.items())
+                    assert not hides, f"{engine['name']} {engine['version']}: {before} comes before {when}"
+                seen.append(when)
+
+
+def test_the_package_has_the_data_file() -> None:
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text())
+    assert "engines/compat.yaml" in project["tool"]["setuptools"]["package-data"]["dsv4q"]
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(argument) for argument in arguments])
+    return int(done.value.code or 0)
+
+
+def test_the_command_prints_a_row_for_each_engine(modelopt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("compat", modelopt) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for row in rows_of(read_facts(modelopt)):
+        (line,) = [one for one in lines if one.startswith(row.engine) and row.version in one and row.reasons in one]
+        assert row.evidence in line and row.word in line
+
+
+def test_the_command_s_json_has_facts_verdicts_hardware_and_command_lines(
+    modelopt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("compat", modelopt, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["facts"]["layout"] == "modelopt"
+    assert [row["engine"] for row in found["engines"]] == ["vLLM", "vLLM", "SGLang", "TensorRT-LLM"]
+    assert all(row["model"]["known"] in ("run", "read") and row["model"]["source"] for row in found["engines"])
+    assert {row["sm"] for row in found["hardware"]["engines"] if row["name"] == "vLLM"} == {"9.0", "10.x", "12.x"}
+    assert [one["engine"] for one in found["serve"]] == ["vLLM", "SGLang"]
+
+
+def test_the_exit_code_is_1_if_no_engine_is_known_to_load_it(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "toy", TINY).out
+    edit(folder, {"layers.0.ffn.experts.0.w1.weight": torch.zeros(64, 128, dtype=torch.float16)})
+    stated = {"quant_method": "compressed-tensors"}
+    edit_json(folder, "config.json", lambda config: config.update(quantization_config=stated))
+    assert call("compat", folder, "--quiet") == 1
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no such folder": (lambda f: f.rename(f.parent / "gone"), "config.json"),
+    "no config.json": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "another model": (lambda f: edit_json(f, "config.json", lambda c: c.update(model_type="llama")), "model_type"),
+    "no weights": (lambda f: [path.unlink() for path in f.glob("model*")], "no safetensors"),
+    "a shard missing": (lambda f: next(f.glob("*.safetensors")).unlink(), "not there"),
+    "a run that has not finished": (lambda f: (f / ".dsv4q").mkdir(), "not finished"),
+    "another tool's layout": (
+        lambda f: edit_json(f, "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})), "gptq",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_what_is_no_artifact_is_refused_by_name(tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_toy(tmp_path / "toy", TINY).out
+    spoil, told = BAD[wrong]
+    spoil(folder)
+    assert call("compat", folder) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error") and told in err and "Traceback" not in err
+
+
+def test_a_plan_has_a_line_about_the_engines_of_what_it_writes(
+    native: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for layout in ("compressed-tensors", "modelopt"):
+        assert call("plan", native, "--config", "toy", "--layout", layout) == 0
+        (found[layout],) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("engines ")]
+    assert "SGLang 0.5.23: no" in found["compressed-tensors"] and "SGLang 0.5.23: yes" in found["modelopt"]
+    assert all("vLLM 0.33.0: yes" in line for line in found.values())
+
+
+# ------------------------------------------------------------------------------------------------ cards, README
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_a_model_card_has_each_verdict_and_each_command_line(tmp_path: Path, modelopt: Path, layout: str) -> None:
+    folder = modelopt if layout == "modelopt" else skeleton(tmp_path)
+    facts, card = read_facts(folder), (folder / "README.md").read_text()
+    rows = rows_of(facts)
+    for row in rows:
+        assert f"| {row.name} | {row.word} | {row.reasons} | {row.evidence} |" in card
+    for one in servings(facts, rows):
+        assert one.command in card and f"{one.name}; the options were {one.known}" in card
+    assert ("sglang" in card) == (layout == "modelopt")
+    for one in hardware_of(facts, rows).rows:
+        assert f"| SM {one['sm']} | {one['name']} {one['version']} | {one['experts']} |" in card
+
+
+def test_a_card_explains_bounds_for_what_they_are(tmp_path: Path, native: Path) -> None:
+    observed = quantized(native, tmp_path / "observed")
+    config = load_config(CONFIGS / "toy.yaml")
+    config = config.model_copy(update={"activations": Activations(scales="bound"), "calibration": None})
+    quantize(Job(native, tmp_path / "bound", config, device="cpu"), Console(Mode.QUIET))
+    for name, told in (("observed", "calibration saw"), ("bound", "no input is ever\nclipped")):
+        made = to_modelopt(tmp_path / name, native, tmp_path / f"{name}-modelopt")
+        for folder in (tmp_path / name, made):
+            card = (folder / "README.md").read_text()
+            assert told in card and "## Input scales" in card
+    assert "bound" not in (observed / "README.md").read_text()
+
+
+def readme_table() -> dict[str, list[str]]:
+    """Engine -> its cells in README's table of files and engines."""
+    lines = README.read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| engine |"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[begin + 2 :]]
+    return {row[0]: row[1:] for row in rows[: rows.index([""])]}
+
+
+@pytest.mark.parametrize("draft", ["mtp", "dspark"])
+def test_the_readme_s_table_says_what_the_data_say(tmp_path: Path, native: Path, draft: str) -> None:
+    toy = with_draft(LAYERED, draft)
+    source = native_toy(tmp_path / "native", toy)
+    plain = write_toy(tmp_path / "plain", toy).out
+    with scan_source(source) as checkpoint:
+        config = load_config(CONFIGS / "toy.yaml")
+        plan = make_plan(checkpoint, config)
+        facts = [plan_facts(plan), plan_export(checkpoint, plan).facts, read_facts(source), read_facts(plain)]
+    found = readme_table()
+    rows = [rows_of(one) for one in facts]
+    assert [row.name for row in rows[0]] == list(found)
+    for number, cells in enumerate(found.values()):
+        told = [cell.split("; DSpark: ")[-1 if draft == "dspark" else 0] for cell in cells]
+        assert told == [some[number].word for some in rows]

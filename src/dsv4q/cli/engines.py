@@ -9,6 +9,7 @@ import typer
 
 from dsv4q.cli.options import Json, Quiet, Resume
 from dsv4q.console import console_of, human_bytes
+from dsv4q.engines.facts import read_facts
 from dsv4q.errors import command
 from dsv4q.host import is_first_rank
 
@@ -57,7 +58,6 @@ def compat(
     engine is known to load it.
     """
     from dsv4q.engines.compat import rows_of
-    from dsv4q.engines.facts import read_facts
     from dsv4q.engines.show import compat_json, is_loaded, show_compat
 
     console = console_of(as_json, quiet, is_first_rank)

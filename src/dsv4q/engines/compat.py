@@ -106,7 +106,9 @@ def _decided(rules: Iterable[Mapping[str, Any]], facts: Facts) -> Verdict:
 
 
 def _holds(when: Mapping[str, Any], facts: Facts) -> bool:
-    return all(getattr(facts, key) in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in when.items())
+    return all(
+        getattr(facts, key) in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in when.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ serving
@@ -170,5 +172,7 @@ def hardware_of(facts: Facts, rows: Sequence[Row]) -> Hardware:
     for entry in table()["hardware"]:
         if _holds(entry["when"], facts):
             kept = (one for one in entry["engines"] if (one["name"], str(one["version"])) in loading)
-            return Hardware(entry["text"], tuple(one for one in kept if one.get("layout", facts.layout) == facts.layout))
+            return Hardware(
+                entry["text"], tuple(one for one in kept if one.get("layout", facts.layout) == facts.layout)
+            )
     return Hardware("", ())
