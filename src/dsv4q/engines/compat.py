@@ -106,9 +106,8 @@ def _decided(rules: Iterable[Mapping[str, Any]], facts: Facts) -> Verdict:
 
 
 def _holds(when: Mapping[str, Any], facts: Facts) -> bool:
-    return all(
-        getattr(facts, key) in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in when.items()
-    )
+    words = {key: wanted if isinstance(wanted, list) else [wanted] for key, wanted in when.items()}
+    return all(getattr(facts, key) in wanted for key, wanted in words.items())
 
 
 # ------------------------------------------------------------------------------------------------ serving
@@ -171,8 +170,5 @@ def hardware_of(facts: Facts, rows: Sequence[Row]) -> Hardware:
     loading = {(row.engine, row.version) for row in rows if row.model.loads == LOADS}
     for entry in table()["hardware"]:
         if _holds(entry["when"], facts):
-            kept = (one for one in entry["engines"] if (one["name"], str(one["version"])) in loading)
-            return Hardware(
-                entry["text"], tuple(one for one in kept if one.get("layout", facts.layout) == facts.layout)
-            )
+            return Hardware(entry["text"], tuple(e for e in entry["engines"] if (e["name"], e["version"]) in loading))
     return Hardware("", ())
