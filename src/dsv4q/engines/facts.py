@@ -80,9 +80,9 @@ def facts_of(config: Mapping[str, Any], dtypes: Mapping[str, str], nbytes: int, 
     parts: dict[re.Pattern[str], dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name, dtype in dtypes.items():
         module, _, suffix = name.rpartition(".")
-        for pattern in (_MAIN_EXPERT, _DRAFT_EXPERT, _ATTENTION):
-            if pattern.fullmatch(module):
-                parts[pattern][module][suffix] = dtype
+        pattern = _DRAFT_EXPERT if name.startswith("mtp.") else _MAIN_EXPERT if ".experts." in name else _ATTENTION
+        if module in parts[pattern] or pattern.fullmatch(module):
+            parts[pattern][module][suffix] = dtype
     experts, drafted, attention = (_form(parts[p]) for p in (_MAIN_EXPERT, _DRAFT_EXPERT, _ATTENTION))
     quantization = config.get("quantization_config")
     stated: Mapping[str, Any] = quantization if isinstance(quantization, dict) else {}

@@ -61,14 +61,13 @@ checks every header, scale and byte against the release that this was made from.
 """
 
 
-def modelopt_card(plan: ShardPlan, source: Path, config: Mapping[str, Any], scales: str | None) -> str:
+def modelopt_card(plan: ShardPlan, source: Path, facts: Facts, scales: str | None) -> str:
     """The text; the same for every export of the same artifact.
 
     Args:
-        config: config.json of the export.
+        facts: `export_facts` of it.
         scales: where the input scales are from, `bound` or `observed`, if it is known.
     """
-    facts = export_facts(plan, config)
     rows = rows_of(facts)
     identifier, text = source_license(source)
     front: dict[str, Any] = {"license": identifier or "other"}

@@ -126,12 +126,13 @@ def plan_modelopt(source: Checkpoint, dims: Dims, size: float, scales: str | Non
         if path is not None:
             whole[shards[-1].file] = path
     plan = ShardPlan(tuple(shards))
+    facts = export_facts(plan, config)
     texts = {
         "config.json": _json(config),
         "hf_quant_config.json": _json(hf_quant_config(dims)),
-        "README.md": modelopt_card(plan, source.root, config, scales),
+        "README.md": modelopt_card(plan, source.root, facts, scales),
     }
-    return ExportPlan(plan, whole, texts, export_facts(plan, config))
+    return ExportPlan(plan, whole, texts, facts)
 
 
 def plan_export(source: Checkpoint, made: Plan) -> ExportPlan:
