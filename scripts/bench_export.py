@@ -1,12 +1,13 @@
 """How fast `dsv4q export` writes, both ways, as a share of what the disk takes at most.
 
-    python scripts/bench_export.py WORK [--layers 4] [--experts 256] [--width full|toy] [--device cuda] [--gigabytes 6]
-        [--repeat 1] [--profile]
+    python scripts/bench_export.py WORK [--made FOLDER] [--layers 4] [--experts N] [--width full|toy] [--device cuda]
+        [--gigabytes 6] [--repeat 1] [--profile]
 
-Makes a native source of K layers of the real width (3.7 GB each) and its artifact by the bounds, without data, in WORK
-unless they are there; exports it to ModelOpt's layout, and that back. Just before and after each the disk is measured
-by plain writes with fsync (ceilings.py). A GPU makes the source and the artifact quickly; the export uses none. The
-source and the artifact are in the page cache where there is room. Prints a line for each, and one JSON object.
+Makes a native source of K layers of the real width (3.6 GB each) and its artifact by the bounds, without data, in
+FOLDER (else WORK) unless they are there; exports it to ModelOpt's layout in WORK, and that back. Just before and after
+each the disk is measured by plain writes with fsync (ceilings.py). A GPU makes source and artifact quickly; the export
+uses none. A FOLDER in /dev/shm is in memory for certain, and leaves the disk to what is written. Each export takes 4
+GB a layer there and is removed at the end. Prints a line for each export, and one JSON array.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ def ceiling(folder: Path, nbytes: int) -> float:
     return max(write_speed(folder, nbytes, threads) for threads in (4, 8))
 
 
-def made(work: Path, options: argparse.Namespace) -> tuple[Path, Path]:
+def made(options: argparse.Namespace) -> tuple[Path, Path]:
     """Source and artifact; made if they are not there."""
-    source, artifact = work / "source", work / "artifact"
+    folder: Path = options.made or options.work
+    folder.mkdir(parents=True, exist_ok=True)
+    source, artifact = folder / "source", folder / "artifact"
     if not source.exists():
-        toy = replace(dimensions(options.width, options.layers), n_routed_experts=options.experts)
+        toy = dimensions(options.width, options.layers)
+        toy = replace(toy, n_routed_experts=options.experts or toy.n_routed_experts)
         write_source(source, toy, options.device, native=True)
-    # A block in each shard and one more for the ends, as in an artifact of full size.
     config = load_config(Path("nvfp4-fp8")).model_copy(
         update={
             "activations": Activations(scales="bound"), "calibration": None,
@@ -81,8 +84,9 @@ def measured(job: Export, gigabytes: float, profile: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--made", type=Path, help="where source and artifact are or are to be made")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--experts", type=int, help="of a layer, if not all")
     parser.add_argument("--width", choices=("full", "toy"), default="full")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--gigabytes", type=float, default=6.0, help="written to find what the disk takes")
@@ -90,10 +94,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="the main thread's functions by their own time")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    source, artifact = made(options.work, options)
+    source, artifact = made(options)
+    there, back = options.work / "modelopt", options.work / "back"
     found = []
     for _ in range(options.repeat):
-        there, back = options.work / "modelopt", options.work / "back"
         for job in (Export(artifact, there, source, MODELOPT), Export(there, back, source, COMPRESSED)):
             found.append(measured(job, options.gigabytes, options.profile))
             one = found[-1]
@@ -104,6 +108,8 @@ def main() -> None:
                 f"share {one['share_of_after']:.2f}",
                 flush=True,
             )
+    for folder in (there, back):
+        shutil.rmtree(folder)
     print(json.dumps(found))
 
 
