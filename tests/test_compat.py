@@ -110,7 +110,7 @@ def test_a_source_is_known_by_its_headers(tmp_path: Path, form: Any, layout: str
 
 def test_our_layout_is_for_vllm_0_33_and_for_no_other(tmp_path: Path) -> None:
     assert words(skeleton(tmp_path)) == {
-        "vLLM 0.33.0": "yes", "vLLM 0.26.0": "no", "SGLang 0.5.23": "no: wrong in silence", "TensorRT-LLM": "no",
+        "vLLM 0.33.0": "yes", "vLLM 0.26.0": "no", "SGLang 0.5.23": "no: wrong, without an error", "TensorRT-LLM": "no",
     }  # fmt: skip
 
 

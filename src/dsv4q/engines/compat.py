@@ -17,7 +17,7 @@ DATA = Path(__file__).parent / "compat.yaml"
 
 LOADS, FAILS, WRONG, UNKNOWN = "loads", "fails", "wrong", "unknown"
 """Verdicts; `WRONG` loads and computes something else without an error."""
-WORDS = {LOADS: "yes", FAILS: "no", WRONG: "no: wrong in silence", UNKNOWN: "not known"}
+WORDS = {LOADS: "yes", FAILS: "no", WRONG: "no: wrong, without an error", UNKNOWN: "not known"}
 """For people: whether an engine loads it."""
 
 
