@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.source import scan
 from dsv4q.config import Activations, Output, load_config
 from dsv4q.console import Console, Mode
-from dsv4q.engines.compat import FAILS, LOADS, UNKNOWN, WORDS, WRONG, hardware_of, rows_of, servings, table
+from dsv4q.engines.compat import FAILS, LOADS, UNKNOWN, WORDS, WRONG, hardware_of, rows_of, serving, servings, table
 from dsv4q.engines.facts import Facts, read_facts
 from dsv4q.export.plan import plan_export
 from dsv4q.made_up.native import native_form
@@ -335,3 +336,21 @@ def test_the_readme_s_table_says_what_the_data_say(tmp_path: Path, native: Path,
     for number, cells in enumerate(found.values()):
         told = [cell.split("; DSpark: ")[-1 if draft == "dspark" else 0] for cell in cells]
         assert told == [some[number].word for some in rows]
+
+
+_GPUS = re.compile(r"\b(9\.0|1[02]\.x) \(([^)]*)\)")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/evaluation.md"])
+def test_the_command_lines_in_documents_are_those_of_the_data(document: str) -> None:
+    text = (README.parent / document).read_text().replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("vllm serve")]
+    told = line.split()
+    wanted = serving("vLLM", "mtp", 2, 4).command.replace("\\\n", " ").split()
+    assert told[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("path", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_documents_name_no_gpu_beside_an_sm_but_those_of_the_data(path: Path) -> None:
+    known = {(sm, cards) for entry in table()["hardware"] for sm, cards in _GPUS.findall(entry["text"])}
+    assert set(_GPUS.findall(path.read_text())) <= known
