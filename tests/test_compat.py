@@ -225,8 +225,10 @@ def test_the_command_prints_a_row_for_each_engine(modelopt: Path, capsys: pytest
     assert call("compat", modelopt) == 0
     lines = capsys.readouterr().out.splitlines()
     for row in rows_of(read_facts(modelopt)):
-        (line,) = [one for one in lines if one.startswith(row.engine) and row.version in one and row.reasons in one]
-        assert row.evidence in line and row.word in line
+        assert any(line.split() == f"{row.name} {row.word}".split() for line in lines)
+        for part, verdict in (("model", row.model), ("draft", row.draft)):
+            (line,) = [one for one in lines if one.startswith(f"{row.name}, {part}: ")]
+            assert verdict is not None and verdict.why in line and verdict.source in line
 
 
 def test_the_command_s_json_has_facts_verdicts_hardware_and_command_lines(

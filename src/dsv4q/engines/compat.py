@@ -72,8 +72,11 @@ class Row:
     @property
     def evidence(self) -> str:
         """What stands behind the verdicts: `run` or `read`, and of what."""
-        verdicts = [verdict for verdict in (self.model, self.draft) if verdict is not None and verdict.known]
-        return "; ".join(dict.fromkeys(f"{verdict.known}: {verdict.source}" for verdict in verdicts))
+        sources: dict[str, dict[str, None]] = {}
+        for verdict in (self.model, self.draft):
+            if verdict is not None and verdict.known:
+                sources.setdefault(verdict.known, {})[verdict.source] = None
+        return "; ".join(f"{known}: {'; '.join(found)}" for known, found in sources.items())
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -170,5 +173,6 @@ def hardware_of(facts: Facts, rows: Sequence[Row]) -> Hardware:
     loading = {(row.engine, row.version) for row in rows if row.model.loads == LOADS}
     for entry in table()["hardware"]:
         if _holds(entry["when"], facts):
-            return Hardware(entry["text"], tuple(e for e in entry["engines"] if (e["name"], e["version"]) in loading))
+            there = (one for one in entry["engines"] if (one["name"], one["version"]) in loading)
+            return Hardware(entry["text"], tuple(one for one in there if _holds(one.get("when", {}), facts)))
     return Hardware("", ())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv4q.console import Console
-from dsv4q.engines.compat import LOADS, Row, hardware_of, rows_of, servings
+from dsv4q.engines.compat import LOADS, WORDS, Row, hardware_of, rows_of, servings
 from dsv4q.engines.facts import Facts
 from dsv4q.layout import NO_DRAFT
 
@@ -17,15 +17,19 @@ _LAYOUTS = {
 
 
 def show_compat(facts: Facts, console: Console) -> None:
-    """Engine, version, whether it loads, why, and what stands behind saying so; then hardware and command lines."""
+    """Engine, version, whether it loads; why, and what stands behind saying so; then hardware and command lines."""
     rows = rows_of(facts)
     draft = "no draft" if facts.draft == NO_DRAFT else f"draft {facts.draft} with {facts.draft_experts} experts"
     console.print(
         f"{_LAYOUTS[facts.layout]}: routed experts {facts.experts}, attention {facts.attention}, {draft}"
         + ("" if facts.release is None else f"; dimensions of {facts.release}")
     )
-    cells = [[row.engine, row.version, row.word, row.reasons, row.evidence] for row in rows]
-    console.table("Engines", ["engine", "version", "loads it", "why", "known from"], cells)
+    console.table("Engines", ["engine", "version", "loads it"], [[row.engine, row.version, row.word] for row in rows])
+    for row in rows:
+        for part, verdict in (("model", row.model), ("draft", row.draft)):
+            if verdict is not None:
+                known = f" ({verdict.known}: {verdict.source})" if verdict.known else ""
+                console.print(f"{row.name}, {part}: {WORDS[verdict.loads]}: {verdict.why}{known}")
     hardware = hardware_of(facts, rows)
     if hardware.text:
         console.print(hardware.text)

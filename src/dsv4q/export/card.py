@@ -61,12 +61,12 @@ checks every header, scale and byte against the release that this was made from.
 """
 
 
-def modelopt_card(plan: ShardPlan, source: Path, facts: Facts, scales: str | None) -> str:
+def modelopt_card(plan: ShardPlan, source: Path, facts: Facts, activations: Mapping[str, Any]) -> str:
     """The text; the same for every export of the same artifact.
 
     Args:
         facts: `export_facts` of it.
-        scales: where the input scales are from, `bound` or `observed`, if it is known.
+        activations: that section of the config that the artifact was made with, if it is known.
     """
     rows = rows_of(facts)
     identifier, text = source_license(source)
@@ -82,7 +82,7 @@ def modelopt_card(plan: ShardPlan, source: Path, facts: Facts, scales: str | Non
         speculation=_speculation(facts),
         engines=engines_markdown(rows),
         hardware=hardware_markdown(facts, rows),
-        inputs=input_scales_text(scales),
+        inputs=input_scales_text(activations),
         license=text,
     )
 

@@ -40,7 +40,7 @@ class ToModelOpt:
         self._check_experts()
         self.is_pinned = check_pin(made_by, source, artifact)
         size = sum(entry.nbytes for entry in artifact.tensors.values()) / len(artifact.files)
-        self.written = plan_modelopt(self.source, self.dims, size, _scales(made_by))
+        self.written = plan_modelopt(self.source, self.dims, size, _activations(made_by))
         self.plan, self.whole = self.written.shards, self.written.whole
         check_witnesses(artifact, self.source, self.dims, COMPRESSED)
 
@@ -117,10 +117,10 @@ class ToModelOpt:
         write_exported_files(self.job.out, self.source.root, self.plan, texts, report)
 
 
-def _scales(made_by: Mapping[str, Any] | None) -> str | None:
-    """Where the artifact's input scales are from, as the report of the run says it."""
-    identity = (made_by or {}).get("identity")
-    config = identity.get("config") if isinstance(identity, dict) else None
-    activations = config.get("activations") if isinstance(config, dict) else None
-    scales = activations.get("scales") if isinstance(activations, dict) else None
-    return scales if isinstance(scales, str) else None
+def _activations(made_by: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """How the run chose the artifact's input scales, as its report has it; empty if that is not known."""
+    try:
+        found = (made_by or {})["identity"]["config"]["activations"]
+    except (KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}

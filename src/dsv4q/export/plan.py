@@ -94,13 +94,13 @@ def check_layout(layout: str) -> bool:
     return layout == MODELOPT
 
 
-def plan_modelopt(source: Checkpoint, dims: Dims, size: float, scales: str | None) -> ExportPlan:
+def plan_modelopt(source: Checkpoint, dims: Dims, size: float, activations: Mapping[str, Any]) -> ExportPlan:
     """What is written in ModelOpt's layout.
 
     Args:
         source: the native release, or a config.json alone.
         size: bytes of a shard, about.
-        scales: where the artifact's input scales are from, `bound` or `observed`, if it is known.
+        activations: that section of the config that the artifact was made with, if it is known.
 
     Raises:
         SourceError: config.json is not that of a native release.
@@ -130,7 +130,7 @@ def plan_modelopt(source: Checkpoint, dims: Dims, size: float, scales: str | Non
     texts = {
         "config.json": _json(config),
         "hf_quant_config.json": _json(hf_quant_config(dims)),
-        "README.md": modelopt_card(plan, source.root, facts, scales),
+        "README.md": modelopt_card(plan, source.root, facts, activations),
     }
     return ExportPlan(plan, whole, texts, facts)
 
@@ -153,7 +153,7 @@ def plan_export(source: Checkpoint, made: Plan) -> ExportPlan:
                 found=there.get(tensor.twin, "no such tensor"),
                 hint="take nvfp4-fp8-mtp, or another config with NVFP4 weights and inputs",
             )
-    return plan_modelopt(source, made.dims, made.artifact_bytes / len(made.shards), made.config.activations.scales)
+    return plan_modelopt(source, made.dims, made.artifact_bytes / len(made.shards), vars(made.config.activations))
 
 
 def native_release(source: Checkpoint, dims: Dims) -> NativeCheckpoint:

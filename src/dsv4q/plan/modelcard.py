@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def model_card(plan: Plan, source: Path) -> str:
         draft=_draft(plan.draft_form),
         engines=engines_markdown(rows),
         hardware=hardware_markdown(facts, rows),
-        inputs=input_scales_text(plan.config.activations.scales if plan.config.has_input_scales else None),
+        inputs=input_scales_text(vars(plan.config.activations) if plan.config.has_input_scales else {}),
         size=size,
         gpus=f"{gpus} GPUs of {memory} GB or more" if size > 100 else "any GPU that holds them",
         license=text,
@@ -120,14 +121,24 @@ clipped. Into w1 and w3 goes what an RMSNorm gives, at most sqrt(hidden_size) * 
 swiglu_limit^2. A scale above the largest input costs next to nothing, because each 16 values have a scale of their own.
 """,
     "observed": """\
-The input scales of the experts are the largest inputs that calibration saw. An input beyond them is clipped.
+The input scales of the experts are the largest inputs that calibration saw{times}. An input beyond them is clipped.
 """,
 }
 
 
-def input_scales_text(scales: str | None) -> str:
-    """A section about where input scales come from; nothing where there are none, or that is not known."""
-    return f"\n## Input scales\n\n{_INPUT_SCALES[scales]}" if scales in _INPUT_SCALES else ""
+def input_scales_text(activations: Mapping[str, Any]) -> str:
+    """A section about where input scales come from; nothing where there are none, or that is not known.
+
+    Args:
+        activations: that section of the config, as it is or as report.json has it.
+    """
+    text = _INPUT_SCALES.get(activations.get("scales", ""))
+    headroom = activations.get("headroom", 1.0)
+    return (
+        ""
+        if text is None
+        else "\n## Input scales\n\n" + text.format(times="" if headroom == 1.0 else f", times {headroom:g}")
+    )
 
 
 def _draft(form: DraftForm) -> str:
