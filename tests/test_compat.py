@@ -149,6 +149,15 @@ def test_without_moe_quant_algo_no_engine_reads_the_experts(modelopt: Path, tmp_
     assert found["vLLM 0.33.0"][0] == FAILS and found["SGLang 0.5.23"][0] == UNKNOWN
 
 
+def test_the_limit_of_ranks_is_told_where_linears_of_the_draft_are_fp8(tmp_path: Path) -> None:
+    told = []
+    for name, form in (("plain", {}), ("fp8", {"linears": "fp8"})):
+        (tmp_path / name).mkdir()
+        row = rows_of(read_facts(skeleton(tmp_path / name, draft="dspark", **form)))[0]
+        told.append("multiple of 128" in row.reasons)
+    assert told == [False, True]
+
+
 def test_a_form_without_a_rule_is_not_called_good(tmp_path: Path) -> None:
     folder = write_toy(tmp_path / "toy", TINY).out
     name = "layers.0.ffn.experts.0.w1.weight"
@@ -180,7 +189,7 @@ def test_a_rule_asks_for_facts_that_there_are_in_words_that_they_have(rule: dict
     types = get_type_hints(Facts)
     known = {"layout": {"compressed-tensors", "modelopt", "native", "bf16"}, "draft": {"mtp", "dspark"}}
     forms = {"nvfp4", "nvfp4-weight-only", "int", "mxfp4", "fp8", "bf16"}
-    known |= dict.fromkeys(("experts", "attention", "draft_experts"), forms)
+    known |= dict.fromkeys(("experts", "attention", "draft_experts", "draft_linears"), forms)
     for key, wanted in rule["when"].items():
         for word in wanted if isinstance(wanted, list) else [wanted]:
             assert type(word) is types[key] and word in known.get(key, {word})
@@ -190,6 +199,14 @@ def test_a_rule_asks_for_facts_that_there_are_in_words_that_they_have(rule: dict
 def test_a_rule_says_why_and_what_stands_behind_it(rule: dict[str, Any]) -> None:
     assert rule.keys() == {"when", "loads", "why", "known", "source"}
     assert rule["loads"] in WORDS and rule["known"] in ("run", "read") and rule["why"] and rule["source"]
+
+
+def test_hardware_and_command_lines_are_of_engines_in_the_table() -> None:
+    known = {(engine["name"], engine["version"]) for engine in table()["engines"]}
+    rows = [row for entry in table()["hardware"] for row in entry["engines"]] + table()["serve"]
+    for row in rows:
+        assert (row["name"], row["version"]) in known and row["known"] in ("run", "read") and row["source"]
+        assert row.get("when", {}).keys() <= get_type_hints(Facts).keys()
 
 
 def test_no_rule_is_hidden_by_one_before_it() -> None:

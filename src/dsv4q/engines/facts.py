@@ -26,6 +26,7 @@ MTP_TOKENS = 2
 
 _MAIN_EXPERT = re.compile(r"layers\.\d+\.ffn\.experts\.\d+\.w[123]")
 _DRAFT_EXPERT = re.compile(r"mtp\.\d+\.ffn\.experts\.\d+\.w[123]")
+_DRAFT_LINEAR = re.compile(r"mtp\.\d+\.ffn\.shared_experts\.w[123]")
 _ATTENTION = re.compile(rf"layers\.\d+\.attn\.({'|'.join(ATTENTION_PROJECTIONS)})")
 
 
@@ -43,10 +44,14 @@ class Facts:
     """Kind of draft that the files hold: `none`, `mtp`, `dspark`, or `unknown`."""
     draft_experts: str
     """Form of its routed experts."""
+    draft_linears: str
+    """Form of its shared experts, whose like its other linears are."""
     head_copies: bool
     """Whether it has copies of the shared head."""
     draft_ignored: bool
     """Whether globs of `ignore` cover the draft's experts, as ModelOpt's layout has it."""
+    expert_dtype: str
+    """As in config.json; `fp4` where it is not, as vLLM has it."""
     quant_method: str
     quant_algo: str
     moe_quant_algo: str
@@ -80,7 +85,11 @@ def facts_of(config: Mapping[str, Any], dtypes: Mapping[str, str], nbytes: int, 
     parts: dict[re.Pattern[str], dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name, dtype in dtypes.items():
         module, _, suffix = name.rpartition(".")
-        pattern = _DRAFT_EXPERT if name.startswith("mtp.") else _MAIN_EXPERT if ".experts." in name else _ATTENTION
+        is_expert = ".experts." in name
+        if name.startswith("mtp."):
+            pattern = _DRAFT_EXPERT if is_expert else _DRAFT_LINEAR
+        else:
+            pattern = _MAIN_EXPERT if is_expert else _ATTENTION
         if module in parts[pattern] or pattern.fullmatch(module):
             parts[pattern][module][suffix] = dtype
     experts, drafted, attention = (_form(parts[p]) for p in (_MAIN_EXPERT, _DRAFT_EXPERT, _ATTENTION))
@@ -105,15 +114,18 @@ def facts_of(config: Mapping[str, Any], dtypes: Mapping[str, str], nbytes: int, 
     blocks = {name.split(".ffn.")[0] for name in dtypes if name.startswith("mtp.") and ".ffn.experts." in name}
     ignore = stated.get("ignore")
     globs = [entry for entry in ignore if isinstance(entry, str)] if isinstance(ignore, list) else []
-    release = known_release(dims, "fp8" if config.get("expert_dtype") == "fp8" else "fp4")
+    expert_dtype = str(config.get("expert_dtype") or "fp4")
+    release = known_release(dims, expert_dtype)
     return Facts(
         layout=layout,
         experts=experts,
         attention=attention,
         draft=kind,
         draft_experts=drafted,
+        draft_linears=_form(parts[_DRAFT_LINEAR]),
         head_copies=any(name.startswith("mtp.") and name.endswith(copies) for name in dtypes),
         draft_ignored=all(any(fnmatchcase(f"{block}.ffn.experts", glob) for glob in globs) for block in blocks),
+        expert_dtype=expert_dtype,
         quant_method=method,
         quant_algo=algorithm,
         moe_quant_algo=moe_algorithm,

@@ -1,7 +1,8 @@
 """The story, read first: artifact and source -> do they belong together -> plan -> check -> blocks -> finish -> verify.
 
-Bytes are copied on threads, ahead and behind, block by block with a line in the journal, as in `quantize`. Memory: the
-parcels under way (`pipes.BUDGET`, `writer.WRITE_BEHIND`). No GPU.
+Bytes are copied on threads, ahead and behind, block by block with a line in the journal, as in `quantize`. Files of
+the source that stay whole are compared and taken over beside them. Memory: the parcels under way (`pipes.BUDGET`,
+`writer.WRITE_BEHIND`). No GPU.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def _take_over(job: Export, direction: Direction, files: Behind) -> list[Future[
 
     def one(shard: PlannedShard) -> str:
         direction.check_whole(shard.tensors)
+        files.check()
         return take_over(direction.whole[shard.file], job.out, shard.file)
 
     whole = (shard for shard in direction.plan.shards if shard.file in direction.whole)
