@@ -17,7 +17,7 @@ from dsv4q.host import is_first_rank
 def export(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Finished artifact, in the other layout.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new one: new, empty or unfinished.")],
-    layout: Annotated[str, typer.Option(help="modelopt (SGLang, TensorRT-LLM, vLLM) or compressed-tensors (vLLM).")],
+    layout: Annotated[str, typer.Option(help="modelopt (SGLang, vLLM) or compressed-tensors (vLLM).")],
     source: Annotated[Path, typer.Option(help="The native release that the artifact was made from.")],
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="What quantize made, where report.json does not say it.")
