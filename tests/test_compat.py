@@ -247,6 +247,10 @@ def test_the_command_prints_a_row_for_each_engine(modelopt: Path, capsys: pytest
             told = [one for one in lines if one.startswith(f"{row.name}, {part}: ")]
             assert len(told) == (verdict is not None)
             assert verdict is None or (verdict.why in told[0] and verdict.source in told[0])
+    for one in hardware_of(read_facts(modelopt), rows_of(read_facts(modelopt))).rows:
+        assert any(
+            line.startswith(f"{one['name']} {one['version']}, SM {one['sm']}: {one['experts']}") for line in lines
+        )
 
 
 def test_the_command_s_json_has_facts_verdicts_hardware_and_command_lines(
