@@ -33,9 +33,9 @@ def show_compat(facts: Facts, console: Console) -> None:
     hardware = hardware_of(facts, rows)
     if hardware.text:
         console.print(hardware.text)
-    for one in hardware.rows:
-        told = f"{one['experts']} ({one['known']}: {one['source']})"
-        console.print(f"{one['name']} {one['version']}, SM {one['sm']}: {told}")
+    for gpu in hardware.rows:
+        told = "{experts} ({known}: {source})".format(**gpu)
+        console.print("{name} {version}, SM {sm}: ".format(**gpu) + told)
     for one in servings(facts, rows):
         console.print(f"{one.name} ({one.known}, not run):\n  {one.command}")
 
