@@ -40,6 +40,7 @@ OPTIONS = {
     ],
     "dequantize": ["--shards", "--device", "--resume/--no-resume", "--json", "--quiet/-q"],
     "export": ["--layout", "--source", "--config/-c", "--resume/--no-resume", "--json", "--quiet/-q"],
+    "compat": ["--json", "--quiet/-q"],
     "verify-shards": ["--source", "--deep", "--device", "--json", "--quiet/-q"],
     "report": ["--out/-o", "--verify", "--verification", "--json", "--quiet/-q"],
     "eval": [
@@ -52,7 +53,7 @@ OPTIONS = {
 
 ARGUMENTS = {
     "toy": ["OUT"], "configs": ["NAME"], "plan": ["SOURCE"], "quantize": ["SOURCE", "OUT"], "rehearse": ["OUT"],
-    "dequantize": ["NATIVE", "OUT"], "export": ["ARTIFACT", "OUT"],
+    "dequantize": ["NATIVE", "OUT"], "export": ["ARTIFACT", "OUT"], "compat": ["ARTIFACT"],
     "verify-shards": ["ARTIFACT"], "report": ["ARTIFACT"], "eval": ["ARTIFACT"], "diff": ["A", "B"],
 }  # fmt: skip
 

@@ -153,6 +153,7 @@ def test_the_way_back_gives_every_file_that_quantize_wrote(tmp_path: Path, confi
         ("dspark", {}),
         ("dspark", {"linears": "fp8"}),
         ("dspark", {"experts": "bf16"}),
+        ("dspark", {"keep": False}),
     ],
 )
 def test_the_way_back_knows_every_form_of_the_draft(tmp_path: Path, kind: str, form: dict[str, Any]) -> None:
@@ -240,6 +241,34 @@ def test_nothing_that_a_run_does_changes_the_release(native: Path, tmp_path: Pat
     killed(lambda: run(job), count // 2)
     run(replace(job, resume=False))
     assert {path: (path.read_bytes(), path.stat().st_mode) for path in source.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("part", [0.1, 0.25, 0.4, 0.6, 0.75, 0.9])
+def test_a_killed_run_that_takes_files_over_is_finished_by_the_same_command(
+    native: Path, tmp_path: Path, part: float
+) -> None:
+    source = one_file_a_block(native, tmp_path / "native")
+    job = Export(quantized(source, tmp_path / "first"), tmp_path / "out", source, MODELOPT)
+    whole = replace(job, out=tmp_path / "whole")
+    count = changes_of(lambda: run(whole))
+    assert killed(lambda: run(job), int(part * count))
+    run(job)
+    assert digests(job.out) == digests(whole.out)
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "head.weight", "mtp.0.attn.wq_a.weight"])
+def test_a_tensor_of_a_file_taken_over_that_is_not_the_artifact_s_is_found(
+    native: Path, tmp_path: Path, name: str
+) -> None:
+    source = one_file_a_block(native, tmp_path / "native")
+    first = quantized(source, tmp_path / "first")
+    (first / "report.json").unlink()
+    tensor = tensors(source)[name]
+    tensor.view(torch.uint8)[3, 5] ^= 1
+    edit(source, {name: tensor})
+    error = refusal(Export(first, tmp_path / "out", source, MODELOPT))
+    assert isinstance(error, SourceError) and "do not belong together" in error.what and name in str(error)
+    assert not (tmp_path / "out" / INDEX).exists()
 
 
 def test_shards_are_balanced(native: Path, artifact: Path, modelopt: Path) -> None:

@@ -22,7 +22,7 @@ LINES = 400
 
 _GROUND = ("errors", "layout", "host", "console")
 _BELOW_PLAN = (*_GROUND, "formats", "model", "data", "recipe", "checkpoint", "config")
-_ROOMS = (*_BELOW_PLAN, "plan", "run", "verify", "evaluation", "foreign", "made_up", "report")
+_ROOMS = (*_BELOW_PLAN, "plan", "run", "verify", "evaluation", "foreign", "engines", "made_up", "report")
 _STORIES = ("quantize", "dequantize", "export", "rehearse", "evaluate", "diff")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -35,13 +35,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "recipe": ("errors", "layout", "formats"),
     "checkpoint": ("errors", "layout", "host", "formats"),
     "config": ("errors", "recipe", "data"),
-    "plan": ("errors", "layout", "host", "formats", "recipe", "checkpoint", "config"),
+    "plan": ("errors", "layout", "host", "formats", "recipe", "checkpoint", "config", "engines"),
     "run": (*_BELOW_PLAN, "plan"),
     "verify": ("errors", "layout", "host", "formats", "checkpoint"),
     "evaluation": (*_GROUND, "formats", "model", "data", "checkpoint", "verify"),
     "foreign": ("errors", "layout", "console", "formats", "checkpoint"),
+    "engines": ("errors", "layout", "console", "checkpoint", "foreign"),
     "made_up": ("errors", "layout", "formats", "data", "checkpoint"),
-    "report": (*_BELOW_PLAN, "plan", "verify"),
+    "report": (*_BELOW_PLAN, "engines", "plan", "verify"),
     **dict.fromkeys(_STORIES, _ROOMS),
     "cli": (*_ROOMS, *_STORIES),
     "__main__": ("cli", "console", "errors"),

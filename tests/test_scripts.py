@@ -122,3 +122,13 @@ def test_bench_cpu_compares_bytes_and_prints_both_sides(tmp_path: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith(("| toy experts", "| toy run, all"))]
     assert len(rows) == 3
     assert all(float(cell) > 0 for row in rows for cell in row.split("|")[2:5])
+
+
+def test_bench_export_exports_both_ways_and_leaves_only_what_it_made(tmp_path: Path) -> None:
+    flags = ("--layers", 2, "--width", "toy", "--device", "cpu", "--gigabytes", 0.002, "--made", tmp_path / "made")
+    found = json.loads(run_script("bench_export.py", tmp_path / "work", *flags).splitlines()[-1])
+    assert [one["layout"] for one in found] == ["modelopt", "compressed-tensors"]
+    for one in found:
+        assert one["gigabytes_per_second"] > 0 and one["share_of_before"] > 0 and one["share_of_after"] > 0
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["artifact", "source"]
+    assert not list((tmp_path / "work").iterdir())

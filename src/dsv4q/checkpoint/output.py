@@ -114,3 +114,19 @@ def finished_report(out: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) and isinstance(report.get("identity"), dict) else None
+
+
+def require_finished(path: Path) -> None:
+    """Refuse a folder in which a run of ours has not finished.
+
+    Raises:
+        OutputError: it has not.
+    """
+    if (path / WORK).is_dir():
+        raise OutputError(
+            "The artifact is not finished",
+            where=path,
+            expected=f"{INDEX}, which a run writes last",
+            found=WORK,
+            hint="finish it with the command that began it",
+        )

@@ -56,6 +56,7 @@ def _options(
 for make in (making.toy, making.configs, making.plan, making.quantize, making.rehearse, making.dequantize):
     app.command()(make)
 app.command()(engines.export)
+app.command()(engines.compat)
 app.command("verify-shards")(looking.verify_shards)
 app.command()(looking.report)
 app.command("eval")(looking.eval_)

@@ -9,6 +9,7 @@ import typer
 
 from dsv4q.cli.options import Json, Quiet, Resume
 from dsv4q.console import console_of, human_bytes
+from dsv4q.engines.facts import read_facts
 from dsv4q.errors import command
 from dsv4q.host import is_first_rank
 
@@ -16,7 +17,7 @@ from dsv4q.host import is_first_rank
 def export(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Finished artifact, in the other layout.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new one: new, empty or unfinished.")],
-    layout: Annotated[str, typer.Option(help="modelopt (SGLang, TensorRT-LLM, vLLM) or compressed-tensors (vLLM).")],
+    layout: Annotated[str, typer.Option(help="modelopt (SGLang, vLLM) or compressed-tensors (vLLM).")],
     source: Annotated[Path, typer.Option(help="The native release that the artifact was made from.")],
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="What quantize made, where report.json does not say it.")
@@ -43,3 +44,25 @@ def export(
         f"{out}: {made['tensors']:,} tensors, {human_bytes(made['bytes'])}, in {len(made['shards'])} shards. "
         f"Check every byte with: {command('dsv4q', 'verify-shards', out, '--deep', '--source', source)}"
     )
+
+
+def compat(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact or checkpoint, in any layout.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which engines load an artifact, and why.
+
+    Reads headers only. By engine and version: whether it loads the model and the draft, the reason, and whether that
+    was seen in a run or read in the engine's source; what the experts run on; the command lines. Exit code 1 if no
+    engine is known to load it.
+    """
+    from dsv4q.engines.compat import rows_of
+    from dsv4q.engines.show import compat_json, is_loaded, show_compat
+
+    console = console_of(as_json, quiet, is_first_rank)
+    facts = read_facts(artifact)
+    console.data(compat_json(facts))
+    show_compat(facts, console)
+    if not is_loaded(rows_of(facts)):
+        raise typer.Exit(1)

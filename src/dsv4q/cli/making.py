@@ -86,7 +86,10 @@ def plan(
     Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
     from dsv4q.config import load_config
+    from dsv4q.engines.compat import rows_of
+    from dsv4q.engines.show import engines_line
     from dsv4q.export.plan import ExportPlan, check_layout, plan_export
+    from dsv4q.plan.modelcard import plan_facts
     from dsv4q.plan.needs import gpu_problem
     from dsv4q.plan.plan import make_plan, with_problem
     from dsv4q.plan.work import WorkTable
@@ -107,11 +110,18 @@ def plan(
                 made = with_problem(made, error)
     made = with_problem(made, gpu_problem(made.estimate, gpu_memory))
     shares = WorkTable(made, ranks).by_rank() if ranks > 1 else []
-    others = {"ranks": shares, "exported": None if exported is None else exported.as_dict()}
+    rows = [] if made.problems else rows_of(plan_facts(made) if exported is None else exported.facts)
+    others = {
+        "ranks": shares,
+        "exported": None if exported is None else exported.as_dict(),
+        "engines": [row.as_dict() for row in rows],
+    }
     console.data(made.as_dict() | {name: value for name, value in others.items() if value})
     show_plan(made, console, gpu_memory)
     if exported is not None:
         exported.show(console)
+    if rows:
+        console.print(f"engines    {engines_line(rows)}")
     if shares:
         show_ranks(shares, console)
     if skeleton is not None and not made.problems:

@@ -31,6 +31,9 @@ class SideTensor:
 
     spec: TensorSpec
     scheme: StoredScheme | None
+    """How it is stored; None: as it is, or as in the native release."""
+    inputs: StoredScheme | None
+    """The scheme by which the kernels round its inputs."""
     names: Mapping[str, str]
     """Suffix -> tensor in the file; one tensor under `weight` or the like if it is not quantized."""
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dsv4q.checkpoint.against_layout import draft_kind
 from dsv4q.checkpoint.headers import few
-from dsv4q.checkpoint.native import NativeCheckpoint, open_source
-from dsv4q.checkpoint.source import Checkpoint, require_weights
+from dsv4q.checkpoint.native import NativeCheckpoint, as_source, is_dequantized
+from dsv4q.checkpoint.source import Checkpoint, require_sound, require_weights, scan
 from dsv4q.errors import CalibrationError, SourceError, command
 from dsv4q.evaluation.clipping import Clipping
 from dsv4q.evaluation.emulate import Quantizer, calibrated_limit, quantizer, rounds_inputs, shares_input_scale
@@ -37,6 +37,7 @@ from dsv4q.model.model import (
 )
 from dsv4q.model.upstream import experts_forward
 from dsv4q.verify.config import judge_config
+from dsv4q.verify.modelopt import as_shown, is_modelopt, name_in_files, shown_schemes
 from dsv4q.verify.result import Log
 from dsv4q.verify.schemes import Stored, StoredScheme
 
@@ -87,9 +88,11 @@ class Side:
 
     def _side_tensor(self, spec: TensorSpec) -> SideTensor:
         scheme = self.schemes.get(spec.module)
-        if scheme is None:
-            return SideTensor(spec, None, {spec.name.rpartition(".")[2]: spec.name})
-        return SideTensor(spec, scheme, {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)})
+        if scheme is None or is_dequantized(self.checkpoint, spec.name):
+            return SideTensor(spec, None, scheme, {spec.name.rpartition(".")[2]: spec.name})
+        return SideTensor(
+            spec, scheme, scheme, {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
+        )
 
     def pieces(self, block: str) -> list[Piece]:
         """The same as it is read; every tensor is there."""
@@ -120,10 +123,10 @@ class Side:
         Raises:
             SourceError: an input global scale that is not positive and finite.
         """
-        linears = [p for p in self.tensors(block) if p.scheme is not None]
+        linears = [p for p in self.tensors(block) if p.inputs is not None]
         shared: dict[str, list[Tensor]] = defaultdict(list)
         for piece in linears:
-            scale = self._scales[piece.spec.module].get("input_global_scale")
+            scale = self._scales.get(piece.spec.module, {}).get("input_global_scale")
             if scale is not None:
                 _check_scale(f"{piece.spec.module}.input_global_scale", scale)
                 shared[shares_input_scale(piece.spec)].append(scale.reshape(1))
@@ -137,7 +140,7 @@ class Side:
 
     def _rounding(self, tensor: SideTensor, divisors: Mapping[str, Tensor]) -> Quantizer | None:
         """What happens to the inputs of a linear; `divisors` are the global scales of the block by group."""
-        scheme = tensor.scheme
+        scheme = tensor.inputs
         if scheme is None or not self.emulation.rounds(scheme):
             return None
         scales = self._scales[tensor.spec.module] if scheme.input_arguments is not None else {}
@@ -150,7 +153,7 @@ class Side:
     def _batch_experts(self, block: str, divisors: Mapping[str, Tensor]) -> None:
         """Let the routed experts of a block compute all at once, where their kernel is written down here."""
         routed = [tensor for tensor in self.tensors(block) if tensor.spec.role == Role.ROUTED_EXPERT]
-        schemes = {id(tensor.scheme): tensor.scheme for tensor in routed}
+        schemes = {id(tensor.inputs): tensor.inputs for tensor in routed}
         if len(schemes) != 1:
             return
         (scheme,) = schemes.values()
@@ -269,15 +272,17 @@ def _check_scale(name: str, scale: Tensor) -> None:
 
 
 def open_side(name: str, path: Path, device: torch.device, emulation: Emulation = Emulation.KERNELS) -> Side:
-    """Open a checkpoint of any form: BF16, native, or an artifact of compressed-tensors.
+    """Open a checkpoint of any form: BF16, native, or an artifact in compressed-tensors' or ModelOpt's layout.
 
     Raises:
         SourceError: it is damaged, has no weights, lacks tensors, or its quantization_config cannot be read.
     """
-    checkpoint = open_source(path)
+    there = scan(path)
+    is_export = is_modelopt(there.config, there.tensors)
+    checkpoint = require_sound(as_shown(there) if is_export else as_source(there), path)
     require_weights(checkpoint)
     dims = Dims.from_config(checkpoint.config, checkpoint.config_file)
-    schemes, log = _schemes(checkpoint, dims)
+    schemes, log = (shown_schemes(checkpoint, dims), Log()) if is_export else _schemes(checkpoint, dims)
     model = build_meta_model(checkpoint.config, str(path))
     rebuild_rotary(model, device)
     side = Side(name, checkpoint, dims, schemes, device, model, _why_no_draft(checkpoint, dims), emulation)
@@ -336,15 +341,17 @@ def _faults(checkpoint: Checkpoint, tensor: SideTensor) -> Iterator[str]:
     if tensor.scheme is not None:
         wanted = {f"{spec.module}.{suffix}": how for suffix, how in tensor.scheme.stored(spec.shape).items()}
     for name, (dtypes, shape) in wanted.items():
-        entry = checkpoint.tensors.get(name)
+        entry, named = checkpoint.tensors.get(name), name_in_files(checkpoint, name)
         if entry is None:
-            yield f"{name} is missing"
+            yield f"{named} is missing"
         elif entry.dtype not in dtypes or entry.shape != shape:
-            yield f"{name} is {entry.dtype} {list(entry.shape)} instead of {' or '.join(dtypes)} {list(shape)}"
+            yield f"{named} is {entry.dtype} {list(entry.shape)} instead of {' or '.join(dtypes)} {list(shape)}"
 
 
 def form_of(side: Side) -> str:
-    """`bf16`, `native`, or the formats of a quantized artifact."""
+    """`bf16`, `native`, `modelopt`, or the formats of a quantized artifact."""
+    if isinstance(side.checkpoint, NativeCheckpoint) and side.schemes:
+        return "modelopt"
     if side.schemes:
         return ", ".join(sorted({scheme.format for scheme in side.schemes.values()}))
     return "native" if isinstance(side.checkpoint, NativeCheckpoint) else "bf16"

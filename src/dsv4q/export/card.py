@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dsv4q.checkpoint.shards import ShardPlan
-from dsv4q.plan.modelcard import source_license
+from dsv4q.engines.compat import rows_of
+from dsv4q.engines.facts import Facts, facts_of
+from dsv4q.engines.show import engines_markdown, hardware_markdown, serve_markdown
+from dsv4q.layout import DRAFTS, NO_DRAFT
+from dsv4q.plan.modelcard import input_scales_text, source_license
 
 _CARD = """\
 ---
@@ -16,8 +21,8 @@ _CARD = """\
 
 # DeepSeek-V4, NVFP4 in ModelOpt's layout
 
-DeepSeek-V4 quantized with dsv4q and exported to the layout of NVIDIA ModelOpt, which SGLang and TensorRT-LLM read, and
-vLLM too.
+DeepSeek-V4 quantized with dsv4q and exported to the layout of NVIDIA ModelOpt. Which engine loads it, and what is known
+from where, is under [Engines](#engines).
 
 | part | stored as |
 |---|---|
@@ -26,14 +31,44 @@ vLLM too.
 
 {tensors:,} tensors in {shards} safetensors shards, {gigabytes:.2f} GB. `report.json` has what was done.
 
+## Serve
+
+{serve}
+
+{speculation}
+
+## Engines
+
+{engines}
+
+Other versions were not looked at.
+
+## Hardware
+
+{hardware}
+{inputs}
+## Verify
+
+```
+dsv4q verify-shards . --deep --source /path/to/the/release
+```
+
+checks every header, scale and byte against the release that this was made from.
+
 ## License
 
 {license}
 """
 
 
-def modelopt_card(plan: ShardPlan, source: Path) -> str:
-    """The text; the same for every export of the same artifact."""
+def modelopt_card(plan: ShardPlan, source: Path, facts: Facts, activations: Mapping[str, Any]) -> str:
+    """The text; the same for every export of the same artifact.
+
+    Args:
+        facts: `export_facts` of it.
+        activations: that section of the config that the artifact was made with, if it is known.
+    """
+    rows = rows_of(facts)
     identifier, text = source_license(source)
     front: dict[str, Any] = {"license": identifier or "other"}
     front["tags"] = ["deepseek_v4", "modelopt", "nvfp4", "dsv4q"]
@@ -43,5 +78,30 @@ def modelopt_card(plan: ShardPlan, source: Path) -> str:
         tensors=len(plan.tensors),
         shards=len(plan.shards),
         gigabytes=plan.artifact_bytes / 1e9,
+        serve=serve_markdown(facts, rows),
+        speculation=_speculation(facts),
+        engines=engines_markdown(rows),
+        hardware=hardware_markdown(facts, rows),
+        inputs=input_scales_text(activations),
         license=text,
+    )
+
+
+def export_facts(plan: ShardPlan, config: Mapping[str, Any]) -> Facts:
+    """What decides which engines load an export.
+
+    Args:
+        config: its config.json.
+    """
+    dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
+    return facts_of(config, dtypes, plan.artifact_bytes, "config.json")
+
+
+def _speculation(facts: Facts) -> str:
+    """What the draft is."""
+    if facts.draft == NO_DRAFT:
+        return "This artifact has no draft, so there is no speculative decoding with it."
+    return (
+        f"The {DRAFTS[facts.draft].label} draft `mtp.*` is the release's, byte for byte. The lines above use it for "
+        "speculative decoding,\nwhere the engine loads it."
     )

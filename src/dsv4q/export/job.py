@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsv4q.checkpoint.files import INDEX, WORK
-from dsv4q.checkpoint.output import finished_report
+from dsv4q.checkpoint.files import INDEX
+from dsv4q.checkpoint.output import finished_report, require_finished
 from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan
 from dsv4q.checkpoint.source import Checkpoint, require_sound, scan
 from dsv4q.checkpoint.writer import Data
@@ -112,13 +112,13 @@ def open_artifact(path: Path) -> tuple[Checkpoint, dict[str, Any] | None]:
         OutputError: the run that makes it has not finished.
         SourceError: absent or damaged.
     """
-    if (path / WORK).is_dir() or (path.is_dir() and not (path / INDEX).is_file()):
-        found = WORK if (path / WORK).is_dir() else f"no {INDEX}"
+    require_finished(path)
+    if path.is_dir() and not (path / INDEX).is_file():
         raise OutputError(
             "The artifact is not finished",
             where=path,
             expected=f"{INDEX}, which a run writes last",
-            found=found,
+            found=f"no {INDEX}",
             hint="finish it with the command that began it, then export it",
         )
     checkpoint = require_sound(scan(path), path)

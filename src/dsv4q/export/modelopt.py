@@ -40,7 +40,7 @@ class ToModelOpt:
         self._check_experts()
         self.is_pinned = check_pin(made_by, source, artifact)
         size = sum(entry.nbytes for entry in artifact.tensors.values()) / len(artifact.files)
-        self.written = plan_modelopt(self.source, self.dims, size)
+        self.written = plan_modelopt(self.source, self.dims, size, _activations(made_by))
         self.plan, self.whole = self.written.shards, self.written.whole
         check_witnesses(artifact, self.source, self.dims, COMPRESSED)
 
@@ -115,3 +115,12 @@ class ToModelOpt:
         if recipe.is_file():
             texts[RECIPE] = recipe.read_text(encoding="utf-8")
         write_exported_files(self.job.out, self.source.root, self.plan, texts, report)
+
+
+def _activations(made_by: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """How the run chose the artifact's input scales, as its report has it; empty if that is not known."""
+    try:
+        found = (made_by or {})["identity"]["config"]["activations"]
+    except (KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}

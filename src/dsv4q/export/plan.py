@@ -26,8 +26,9 @@ from dsv4q.checkpoint.shards import (
 )
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.console import Console, human_bytes
+from dsv4q.engines.facts import Facts
 from dsv4q.errors import ConfigError, Dsv4qError, SourceError, UsageError, command, first_problem
-from dsv4q.export.card import modelopt_card
+from dsv4q.export.card import export_facts, modelopt_card
 from dsv4q.foreign.modelopt import COMPRESSED, MODELOPT, hf_quant_config, modelopt_config, modelopt_tensors
 from dsv4q.layout import Dims
 from dsv4q.plan.plan import Plan
@@ -42,6 +43,8 @@ class ExportPlan:
     """Shards that are files of the source -> that file."""
     texts: Mapping[str, str]
     """Small files that are not the source's."""
+    facts: Facts
+    """What decides which engines load it."""
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json and `--json`."""
@@ -91,12 +94,13 @@ def check_layout(layout: str) -> bool:
     return layout == MODELOPT
 
 
-def plan_modelopt(source: Checkpoint, dims: Dims, size: float) -> ExportPlan:
+def plan_modelopt(source: Checkpoint, dims: Dims, size: float, activations: Mapping[str, Any]) -> ExportPlan:
     """What is written in ModelOpt's layout.
 
     Args:
         source: the native release, or a config.json alone.
         size: bytes of a shard, about.
+        activations: that section of the config that the artifact was made with, if it is known.
 
     Raises:
         SourceError: config.json is not that of a native release.
@@ -122,12 +126,13 @@ def plan_modelopt(source: Checkpoint, dims: Dims, size: float) -> ExportPlan:
         if path is not None:
             whole[shards[-1].file] = path
     plan = ShardPlan(tuple(shards))
+    facts = export_facts(plan, config)
     texts = {
         "config.json": _json(config),
         "hf_quant_config.json": _json(hf_quant_config(dims)),
-        "README.md": modelopt_card(plan, source.root),
+        "README.md": modelopt_card(plan, source.root, facts, activations),
     }
-    return ExportPlan(plan, whole, texts)
+    return ExportPlan(plan, whole, texts, facts)
 
 
 def plan_export(source: Checkpoint, made: Plan) -> ExportPlan:
@@ -148,7 +153,7 @@ def plan_export(source: Checkpoint, made: Plan) -> ExportPlan:
                 found=there.get(tensor.twin, "no such tensor"),
                 hint="take nvfp4-fp8-mtp, or another config with NVFP4 weights and inputs",
             )
-    return plan_modelopt(source, made.dims, made.artifact_bytes / len(made.shards))
+    return plan_modelopt(source, made.dims, made.artifact_bytes / len(made.shards), vars(made.config.activations))
 
 
 def native_release(source: Checkpoint, dims: Dims) -> NativeCheckpoint:

@@ -1,14 +1,17 @@
 """The story, read first: artifact and source -> do they belong together -> plan -> check -> blocks -> finish -> verify.
 
-Bytes are copied on threads, ahead and behind, block by block with a line in the journal, as in `quantize`. Memory: the
-parcels under way (`pipes.BUDGET`, `writer.WRITE_BEHIND`). No GPU.
+Bytes are copied on threads, ahead and behind, block by block with a line in the journal, as in `quantize`. Files of
+the source that stay whole are compared and taken over beside them. Memory: the parcels under way (`pipes.BUDGET`,
+`writer.WRITE_BEHIND`). No GPU.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -17,8 +20,8 @@ from dsv4q.checkpoint.files import is_finished
 from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.output import already_there, check_output, disk_problem, place_problem
-from dsv4q.checkpoint.pipes import loaded_ahead
-from dsv4q.checkpoint.shards import ShardPlan
+from dsv4q.checkpoint.pipes import Behind, loaded_ahead
+from dsv4q.checkpoint.shards import PlannedShard, ShardPlan
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
@@ -34,6 +37,9 @@ from dsv4q.verify.judge import require_verified
 
 FORMAT = 1
 """Version of this report.json's structure."""
+
+_FILES_AT_ONCE = 4
+"""Files of the source that are compared and taken over while blocks are written."""
 
 _LAYOUTS = {MODELOPT: COMPRESSED, COMPRESSED: MODELOPT}
 """Layout of OUT -> that of the artifact."""
@@ -66,8 +72,13 @@ def export(job: Export, console: Console) -> dict[str, Any]:
         _check_room(job, direction)
         journal = Journal.open(job.out, identity, resume=job.resume)
         try:
-            _take_over(job, direction, source, console)
-            _run_blocks(job, direction, journal, console)
+            with Behind(_FILES_AT_ONCE, len(direction.whole)) as files:
+                taken = _take_over(job, direction, files)
+                _run_blocks(job, direction, journal, console, files.raise_error)
+            if taken:
+                counts = Counter(future.result() for future in taken)
+                told = ", ".join(f"{count} by {how}" for how, count in counts.items())
+                console.talk(f"files of {source.root} taken over as they are: {told}")
             report = {
                 "format": FORMAT,
                 "command": "export",
@@ -119,21 +130,21 @@ def _check_room(job: Export, direction: Direction) -> None:
             raise problem
 
 
-def _take_over(job: Export, direction: Direction, source: Checkpoint, console: Console) -> None:
-    """Files of the source that are shards as they are."""
-    hows: dict[str, int] = defaultdict(int)
-    for shard in direction.plan.shards:
-        path = direction.whole.get(shard.file)
-        if path is None or (job.out / shard.file).is_file():
-            continue
+def _take_over(job: Export, direction: Direction, files: Behind) -> list[Future[str]]:
+    """Files of the source that are shards as they are, beside the blocks; of each how it was taken over."""
+
+    def one(shard: PlannedShard) -> str:
         direction.check_whole(shard.tensors)
-        hows[take_over(path, job.out, shard.file)] += 1
-    if hows:
-        told = ", ".join(f"{count} by {how}" for how, count in hows.items())
-        console.talk(f"files of {source.root} taken over as they are: {told}")
+        files.check()
+        return take_over(direction.whole[shard.file], job.out, shard.file)
+
+    whole = (shard for shard in direction.plan.shards if shard.file in direction.whole)
+    return [files.put(partial(one, shard)) for shard in whole if not (job.out / shard.file).is_file()]
 
 
-def _run_blocks(job: Export, direction: Direction, journal: Journal, console: Console) -> None:
+def _run_blocks(
+    job: Export, direction: Direction, journal: Journal, console: Console, check_files: Callable[[], None]
+) -> None:
     plan = ShardPlan(tuple(shard for shard in direction.plan.shards if shard.file not in direction.whole))
     if journal.done:
         console.talk(f"Resuming: {len(journal.done)} of {len(plan.blocks)} blocks are done")
@@ -154,6 +165,7 @@ def _run_blocks(job: Export, direction: Direction, journal: Journal, console: Co
                 divisors: dict[str, float] = {}
                 for parcel, made in members:
                     check_stop()
+                    check_files()
                     divisors |= made.divisors
                     behind.put(block, made.data)
                     progress.advance(parcel.nbytes)

@@ -6,8 +6,8 @@
 | DSpark | nvfp4, bf16 | bf16 | NVFP4 experts and the rest as in the source; or all of it so |
 | DSpark | nvfp4 | fp8 | FP8 attention, shared experts and main_proj too |
 
-No other combination is known to load in vLLM 0.33.0. Linears are the attention projections, the shared experts and
-DSpark's main_proj. A quantized one takes the scheme that the recipe gives its like in the main layers.
+No other combination is known to load (`engines/compat.yaml`). Linears are the attention projections, the shared
+experts and DSpark's main_proj. A quantized one takes the scheme that the recipe gives its like in the main layers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsv4q.config import Config
+from dsv4q.engines.facts import MTP_TOKENS
 from dsv4q.errors import ConfigError
 from dsv4q.layout import DRAFTS, DSPARK, MTP, NO_DRAFT, Dims, Role, TensorSpec
 from dsv4q.recipe.schemes import FLOAT, NVFP4, Scheme
 
-MTP_TOKENS = 2
-"""Proposed at a time with MTP; with DSpark it is dspark_block_size."""
 _LINEARS = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DRAFT_INPUT)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dsv4q.engines.compat import rows_of, serving
+from dsv4q.engines.facts import Facts, facts_of
+from dsv4q.engines.show import engines_markdown, hardware_markdown, serve_markdown
 from dsv4q.layout import DRAFTS, MTP, NO_DRAFT
 from dsv4q.plan.draft import DraftForm
 from dsv4q.plan.plan import Plan
@@ -30,7 +33,7 @@ _CARD = """\
 # {title}
 
 DeepSeek-V4 quantized with dsv4q, in the compressed-tensors format that vLLM loads
-as it is.
+as it is. Which engine loads it, and what is known from where, is under [Engines](#engines).
 
 | part | stored as |
 |---|---|
@@ -41,18 +44,22 @@ as it is.
 
 ## Serve
 
-```
 {serve}
-```
 
 {draft}
+
+## Engines
+
+{engines}
+
+Other versions were not looked at. No environment variables and no patches are needed where it says yes.
 
 ## Hardware
 
 {hardware}
 
-About {size:.0f} GB of weights: {gpus}. No environment variables and no patches are needed with vLLM 0.33.0.
-
+About {size:.0f} GB of weights: {gpus}.
+{inputs}
 ## Verify
 
 ```
@@ -76,7 +83,9 @@ Of `config.json` and the index the bytes of the files, of the tensors lines of n
 def model_card(plan: Plan, source: Path) -> str:
     """The text; the same for every run of the same plan."""
     size = plan.artifact_bytes / 1e9
-    gpus, memory = _gpus(size)
+    facts = plan_facts(plan)
+    rows = rows_of(facts)
+    gpus, memory = facts.gpus
     identifier, text = source_license(source)
     front: dict[str, Any] = {"license": identifier or "other", "library_name": "vllm"}
     front["tags"] = ["deepseek_v4", "compressed-tensors", "dsv4q"]
@@ -87,9 +96,11 @@ def model_card(plan: Plan, source: Path) -> str:
         tensors=len(plan.tensors),
         shards=len(plan.shards),
         gigabytes=size,
-        serve=serve_command(plan.draft_form, gpus),
+        serve=serve_markdown(facts, rows),
         draft=_draft(plan.draft_form),
-        hardware=_hardware(plan),
+        engines=engines_markdown(rows),
+        hardware=hardware_markdown(facts, rows),
+        inputs=input_scales_text(vars(plan.config.activations) if plan.config.has_input_scales else {}),
         size=size,
         gpus=f"{gpus} GPUs of {memory} GB or more" if size > 100 else "any GPU that holds them",
         license=text,
@@ -97,9 +108,37 @@ def model_card(plan: Plan, source: Path) -> str:
     )
 
 
-def _gpus(gigabytes: float) -> tuple[int, int]:
-    """How many GPUs of which size hold so many bytes of weights, and the cache beside them."""
-    return (4, 80) if gigabytes < 260 else (8, 180)
+def plan_facts(plan: Plan) -> Facts:
+    """What decides which engines load the planned artifact."""
+    dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
+    return facts_of(plan.artifact_config, dtypes, plan.artifact_bytes, plan.source)
+
+
+_INPUT_SCALES = {
+    "bound": """\
+The input scales of the experts are bounds (`activations: bound`): no data was needed for them, and no input is ever
+clipped. Into w1 and w3 goes what an RMSNorm gives, at most sqrt(hidden_size) * max|norm weight|; into w2 at most
+swiglu_limit^2. A scale above the largest input costs next to nothing, because each 16 values have a scale of their own.
+""",
+    "observed": """\
+The input scales of the experts are the largest inputs that calibration saw{times}. An input beyond them is clipped.
+""",
+}
+
+
+def input_scales_text(activations: Mapping[str, Any]) -> str:
+    """A section about where input scales come from; nothing where there are none, or that is not known.
+
+    Args:
+        activations: that section of the config, as it is or as report.json has it.
+    """
+    text = _INPUT_SCALES.get(activations.get("scales", ""))
+    headroom = activations.get("headroom", 1.0)
+    return (
+        ""
+        if text is None
+        else "\n## Input scales\n\n" + text.format(times="" if headroom == 1.0 else f", times {headroom:g}")
+    )
 
 
 def _draft(form: DraftForm) -> str:
@@ -121,12 +160,7 @@ def _draft(form: DraftForm) -> str:
 
 def serve_command(form: DraftForm, gpus: int = 4) -> str:
     """The `vllm serve` command for an artifact with a draft of this form."""
-    lines = [f"vllm serve ARTIFACT --tensor-parallel-size {gpus} --kv-cache-dtype fp8 --max-model-len 65536"]
-    if form.speculation is not None:
-        lines.append(f"--speculative-config '{json.dumps(form.speculation, separators=(',', ':'))}'")
-    lines.append("--tokenizer-mode deepseek_v4 --reasoning-parser deepseek_v4 --tool-call-parser deepseek_v4")
-    lines.append("--enable-auto-tool-choice --trust-remote-code")
-    return " \\\n  ".join(lines)
+    return serving("vLLM", form.kind, form.tokens, gpus).command
 
 
 def _scheme_text(scheme: Scheme) -> str:
@@ -161,15 +195,6 @@ def _title(plan: Plan) -> str:
         for s in plan.config.groups.values()
     ]
     return " and ".join(dict.fromkeys(forms))
-
-
-def _hardware(plan: Plan) -> str:
-    if any(s.compression_format == NVFP4 for s in plan.config.groups.values()):
-        return (
-            "Native FP4 tensor cores need SM 10.x (B200, B300) or 12.x (RTX PRO 6000, DGX Spark). On SM 9.0\n"
-            "(H100, H200) the experts run weight-only: FP4 storage, BF16 arithmetic."
-        )
-    return "The experts run weight-only: small storage, BF16 arithmetic. Any GPU that vLLM's Marlin kernels support."
 
 
 def source_license(source: Path) -> tuple[str | None, str]:

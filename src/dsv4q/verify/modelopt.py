@@ -16,19 +16,19 @@ Quantized are the routed experts of the main layers, and those of a draft whose 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, release_tensors
+from dsv4q.checkpoint.native import NativeCheckpoint, as_source, entries_of, release_tensors
 from dsv4q.checkpoint.source import Checkpoint
-from dsv4q.errors import SourceError
+from dsv4q.errors import SourceError, command
 from dsv4q.formats.scalars import from_bytes, reciprocal, to_bytes
-from dsv4q.layout import Dims, Shape, TensorSpec, source_tensors
+from dsv4q.layout import Dims, Role, Shape, TensorSpec, source_tensors
 from dsv4q.verify.case import Case, Contract
 from dsv4q.verify.files import Header, Headers
 from dsv4q.verify.modelopt_config import judge_modelopt_config
 from dsv4q.verify.result import Difference, Log
-from dsv4q.verify.schemes import NVFP4, Nvfp4Scheme
+from dsv4q.verify.schemes import FP8, NVFP4, Fp8Scheme, Nvfp4Scheme, StoredScheme
 
 _SHOWN = {
     "weight": "weight_packed", "weight_scale": "weight_scale", "weight_scale_2": "weight_global_scale",
@@ -214,6 +214,61 @@ class ShownArtifact(Checkpoint):
         raw = bytearray(4)
         super().read_into(name, memoryview(raw))
         return bytes(raw)
+
+
+def as_shown(checkpoint: Checkpoint) -> NativeCheckpoint:
+    """An artifact in ModelOpt's layout as the BF16 model that it stands for, but for its NVFP4 experts.
+
+    These are under the names in which they are shown, with their scalars as divisors. What of the rest cannot be told
+    becomes `problems`.
+
+    Raises:
+        SourceError: nothing in it is as in the native release.
+    """
+    marks = (".weight_scale", ".weight_scale_2")
+    packed = {n.rpartition(".")[0] for n in checkpoint.tensors if ".ffn.experts." in n and n.endswith(marks)}
+    experts, rest = {}, {}
+    for name, entry in checkpoint.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if module in packed and suffix in _SHOWN:
+            shown = f"{module}.{_SHOWN[suffix]}"
+            experts[shown] = replace(entry, name=shown, shape=entry.shape or (1,))
+        else:
+            rest[name] = entry
+    seen = as_source(replace(checkpoint, tensors=rest))
+    if not isinstance(seen, NativeCheckpoint):
+        raise SourceError(
+            "An artifact in ModelOpt's layout has attention and shared experts as in the native release",
+            where=checkpoint.root,
+            expected="FP8 weights with their scales",
+            found="none",
+            hint=f"{command('dsv4q', 'verify-shards', checkpoint.root)} names everything that is wrong",
+        )
+    every = {one.name: getattr(checkpoint, one.name) for one in fields(checkpoint)} | {"tensors": {**rest, **experts}}
+    return replace(seen, tensors={**seen.tensors, **experts}, on_disk=ShownArtifact(**every))
+
+
+def name_in_files(checkpoint: Checkpoint, name: str) -> str:
+    """The file's name of a tensor that `as_shown` shows under another one; of any other its own."""
+    module, _, suffix = name.rpartition(".")
+    is_shown = isinstance(checkpoint, NativeCheckpoint) and isinstance(checkpoint.on_disk, ShownArtifact)
+    return f"{module}.{_STORED[suffix]}" if is_shown and ".ffn.experts." in name and suffix in _STORED else name
+
+
+def shown_schemes(checkpoint: Checkpoint, dims: Dims) -> dict[str, StoredScheme]:
+    """How the consumer computes what `as_shown` shows, by module: NVFP4 experts, and attention in FP8 blocks.
+
+    Attention of the main layers as in compressed-tensors' layout; of other FP8 linears nothing is said.
+    """
+    experts: StoredScheme = Nvfp4Scheme("experts", NVFP4, 4, None, input_scale=True)
+    attention: StoredScheme = Fp8Scheme("attention", FP8, 8, None, input_scale=False)
+    schemes = {}
+    for spec in source_tensors(dims):
+        if f"{spec.module}.weight_packed" in checkpoint.tensors:
+            schemes[spec.module] = experts
+        elif spec.role == Role.ATTENTION and not spec.is_mtp and len(spec.shape) == 2:
+            schemes[spec.module] = attention
+    return schemes
 
 
 def _check_pairs(case: Case) -> None:
