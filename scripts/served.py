@@ -32,6 +32,8 @@ import torch
 
 from bench_tables import table
 from dsv4q.checkpoint.folder import load_model_config
+from dsv4q.engines.compat import table as engines
+from dsv4q.engines.compat import widths_without_kernels
 from dsv4q.errors import Dsv4qError, SourceError
 from dsv4q.evaluation.answers import AnswersRequest, prompts_of
 from dsv4q.evaluation.data import DataRequest, load_data, turn_ids
@@ -68,45 +70,20 @@ def parse() -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------ what vLLM can build
 
 
-def multiple(of: int) -> tuple[str, Any]:
-    return f"a multiple of {of}", lambda value: value > 0 and value % of == 0
-
-
-def only(*values: int) -> tuple[str, Any]:
-    return " or ".join(map(str, values)), lambda value: value in values
-
-
-KERNELS = {
-    "head_dim": only(512),
-    "qk_rope_head_dim": only(64),
-    "index_head_dim": only(128),
-    "hc_mult": only(4),
-    "num_attention_heads": ("at most 128", lambda value: 0 < value <= 128),
-    "hidden_size": multiple(128),
-    "q_lora_rank": multiple(128),
-    "o_lora_rank": multiple(128),
-    "index_n_heads": only(32, 64),
-    "index_topk": multiple(64),
-    "sliding_window": multiple(64),
-    "moe_intermediate_size": multiple(256),
-    "n_routed_experts": ("a power of two", lambda value: value > 0 and value & (value - 1) == 0),
-}
-"""What the kernels of vLLM 0.33.0 take on SM 9.0: key of config.json -> in words, and as a function."""
-
-
 def refuse_unbuildable(folder: Path, config: Mapping[str, Any]) -> None:
     """
     Raises:
         SourceError: a width for which vLLM has no kernel; all of them are named.
     """
-    wrong = [(key, words, config.get(key)) for key, (words, holds) in KERNELS.items() if not holds(config.get(key, 0))]
+    newest = next(engine for engine in engines()["engines"] if engine["name"] == "vLLM")
+    wrong = widths_without_kernels(newest, {key: value for key, value in config.items() if type(value) is int})
     if wrong:
         raise SourceError(
-            "vLLM 0.33.0 has no kernels for a model of these widths",
+            f"vLLM {newest['version']} has no kernels for a model of these widths",
             where=folder / "config.json",
             expected=", ".join(f"{key} {words}" for key, words, _ in wrong),
             found=", ".join(f"{key} {value}" for key, _, value in wrong),
-            hint="`scripts/train_tiny.py --width served` makes one that it can build, models/tiny is another",
+            hint="models/tiny is one that it can build, and what `dsv4q toy --for-vllm` makes",
         )
 
 

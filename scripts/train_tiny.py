@@ -31,7 +31,7 @@ from dsv4q.data.tokens import encode_chat
 from dsv4q.errors import Dsv4qError
 from dsv4q.host import usable_device
 from dsv4q.layout import CSA, HCA, SLIDING, source_tensors
-from dsv4q.made_up.toy import ToyConfig
+from dsv4q.made_up.toy import FOR_VLLM, ToyConfig
 from dsv4q.made_up.words import train_tokenizer
 from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
 from train_tiny_finish import (
@@ -48,20 +48,7 @@ from train_tiny_finish import (
 )
 from train_tiny_model import DRAFT_WEIGHT, Losses, Watch, build, csa_layers, inputs_for, run, set_rounding
 
-# What the kernels of vLLM 0.33.0 take on SM 9.0: heads of 512 with 64 rotary dimensions, an indexer of 32
-# heads of 128, widths that
-# are multiples of 128, of experts 256, a power of two of experts, windows and top-k that are multiples of 64.
-_SERVED = ToyConfig(
-    moe_intermediate_size=256,
-    head_dim=512,
-    qk_rope_head_dim=64,
-    index_n_heads=32,
-    index_head_dim=128,
-    index_topk=64,
-    sliding_window=128,
-    vocab_size=1024,
-    shards=2,
-)
+_SERVED = ToyConfig(**FOR_VLLM, vocab_size=1024, shards=2)
 WIDTHS = {
     "tiny": replace(
         _SERVED,
@@ -71,7 +58,6 @@ WIDTHS = {
         num_hash_layers=2,
         num_attention_heads=4,
         q_lora_rank=128,
-        o_lora_rank=128,
     ),
     "served": replace(
         _SERVED,

@@ -27,7 +27,7 @@ from runs import CONFIGS, finished_files
 TOY = str(CONFIGS / "toy.yaml")
 
 OPTIONS = {
-    "toy": ["--config/-c", "--seed", "--grid", "--native", "--draft", "--json", "--quiet/-q"],
+    "toy": ["--config/-c", "--seed", "--grid", "--native", "--draft", "--for-vllm", "--json", "--quiet/-q"],
     "configs": ["--json", "--quiet/-q"],
     "plan": ["--config/-c", "--ranks", "--gpu-memory", "--layout", "--skeleton", "--json", "--quiet/-q"],
     "quantize": [

@@ -12,17 +12,30 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 
+import dsv4q
 from artifact_maker import copy, edit, edit_config, edit_json
 from dsv4q.__main__ import main
 from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.source import scan
 from dsv4q.config import Activations, Output, load_config
 from dsv4q.console import Console, Mode
-from dsv4q.engines.compat import FAILS, LOADS, UNKNOWN, WORDS, WRONG, hardware_of, rows_of, serving, servings, table
+from dsv4q.engines.compat import (
+    FAILS,
+    LOADS,
+    UNKNOWN,
+    WORDS,
+    WRONG,
+    hardware_of,
+    rows_of,
+    serving,
+    servings,
+    table,
+    widths_without_kernels,
+)  # fmt: skip
 from dsv4q.engines.facts import Facts, read_facts
 from dsv4q.export.plan import plan_export
 from dsv4q.made_up.native import native_form
-from dsv4q.made_up.toy import RANDOM, with_draft, write_toy
+from dsv4q.made_up.toy import FOR_VLLM, RANDOM, with_draft, write_toy
 from dsv4q.plan.modelcard import plan_facts
 from dsv4q.plan.plan import make_plan
 from dsv4q.plan.small_files import write_skeleton
@@ -31,7 +44,9 @@ from export_toys import TINY, native_toy, quantized, to_modelopt
 from runs import CONFIGS
 
 README = Path(__file__).parent.parent / "README.md"
-LAYERED = replace(TINY, compress_ratios=(0, 4, 128))
+RELEASES = sorted((Path(dsv4q.__file__).parent / "releases").glob("*/config.json"))
+SERVED = replace(TINY, **FOR_VLLM)
+LAYERED = replace(SERVED, compress_ratios=(0, 4, 128))
 Words = dict[str, str]
 
 
@@ -58,7 +73,7 @@ def verdicts(path: Path) -> dict[str, tuple[str, str | None]]:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return native_toy(tmp_path_factory.mktemp("source") / "native")
+    return native_toy(tmp_path_factory.mktemp("source") / "native", SERVED)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +180,23 @@ def test_a_form_without_a_rule_is_not_called_good(tmp_path: Path) -> None:
     stated = {"quant_method": "compressed-tensors"}
     edit_json(folder, "config.json", lambda config: config.update(quantization_config=stated))
     assert verdicts(folder)["vLLM 0.33.0"] == (UNKNOWN, None)
+
+
+def test_a_model_for_whose_widths_vllm_has_no_kernels_is_not_called_good(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = write_toy(tmp_path / "toy", TINY, form=native_form()).out
+    assert words(toy)["vLLM 0.33.0"] == "not at these widths" and words(toy)["SGLang 0.5.23"] == "yes"
+    assert call("compat", toy) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vLLM 0.33.0, widths: no: ")]
+    assert len(told) == 1 and "head_dim 64 (it takes 512)" in told[0]
+
+
+@pytest.mark.parametrize("config", RELEASES)
+def test_the_releases_have_widths_for_which_there_are_kernels(config: Path) -> None:
+    parsed = json.loads(config.read_text())
+    numbers = {key: value for key, value in parsed.items() if type(value) is int}
+    assert [widths_without_kernels(engine, numbers) for engine in table()["engines"]] == [[]] * 4
 
 
 @pytest.mark.parametrize("config", ["nvfp4-fp8-mtp", "w4a16-fp8-mtp"])

@@ -17,7 +17,7 @@ from dsv4q.evaluation.answers import AnswersRequest
 from dsv4q.evaluation.data import DataRequest
 from dsv4q.layout import CSA, SLIDING
 from dsv4q.made_up.native import native_form
-from dsv4q.made_up.toy import ToyConfig, with_draft, write_toy
+from dsv4q.made_up.toy import FOR_VLLM, ToyConfig, with_draft, write_toy
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -26,20 +26,13 @@ import served  # noqa: E402
 
 STAND_IN = shlex.join([sys.executable, str(Path(__file__).parent / "vllm_stand_in.py")])
 WIDTHS = ToyConfig(
+    **FOR_VLLM,
     hidden_size=128,
-    moe_intermediate_size=256,
     n_routed_experts=2,
     compress_ratios=(SLIDING, CSA, SLIDING),
     num_hash_layers=1,
     num_attention_heads=2,
-    head_dim=512,
-    qk_rope_head_dim=64,
     o_groups=1,
-    o_lora_rank=128,
-    index_n_heads=32,
-    index_head_dim=128,
-    index_topk=64,
-    sliding_window=64,
     shards=2,
 )
 SMALL = ("--samples", "4", "--length", "64", "--answers", "3", "--answer-tokens", "8", "--python", STAND_IN)
@@ -121,7 +114,7 @@ def test_widths_without_a_kernel_are_refused_by_name(tmp_path: Path, monkeypatch
     write_toy(tmp_path / "toy", ToyConfig(), 0)
     with pytest.raises(SystemExit, match=r"vLLM 0\.33\.0 has no kernels") as stopped:
         run(monkeypatch, "--reference", tmp_path / "toy")
-    for words in ("head_dim 512", "index_n_heads 32 or 64", "moe_intermediate_size a multiple of 256", "head_dim 64"):
+    for words in ("head_dim 512", "index_n_heads 32 or 64", "sliding_window a multiple of 64", "head_dim 64"):
         assert words in str(stopped.value)
 
 

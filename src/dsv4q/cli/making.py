@@ -24,6 +24,9 @@ def toy(
         bool, typer.Option("--native", help="The --grid weights as DeepSeek publishes them: FP8 and MXFP4.")
     ] = False,
     draft: Annotated[Literal["mtp", "dspark", "none"] | None, typer.Option(help="Its draft; MTP as usual.")] = None,
+    for_vllm: Annotated[
+        bool, typer.Option("--for-vllm", help="Dimensions for which vLLM has kernels, so that it can be served.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -40,7 +43,7 @@ def toy(
     if grid and native:
         raise UsageError("--grid and --native exclude each other", where="dsv4q toy", hint="two OUTs take two runs")
     form = native_form() if native else grid_form() if grid else RANDOM
-    summary = write_toy(out, load_toy_config(config, draft), seed, form)
+    summary = write_toy(out, load_toy_config(config, draft, for_vllm=for_vllm), seed, form)
     console.data(asdict(summary))
     console.print(
         f"{out}: {summary.tensors} tensors, {summary.mtp_tensors} of them mtp.*, in {len(summary.shards)} shards, "

@@ -45,6 +45,8 @@ class Row:
     model: Verdict
     draft: Verdict | None
     """None where there is no draft, or the model does not load."""
+    widths: Verdict | None = None
+    """Why this one cannot be built, though its form can: numbers for which the engine has no kernels."""
 
     @property
     def name(self) -> str:
@@ -53,11 +55,13 @@ class Row:
     @property
     def served(self) -> bool:
         """Whether it serves the model, and the draft if there is one."""
-        return self.model.loads == LOADS and (self.draft is None or self.draft.loads == LOADS)
+        return self.widths is None and self.model.loads == LOADS and (self.draft is None or self.draft.loads == LOADS)
 
     @property
     def word(self) -> str:
         """For a table: `yes`, `yes, not its draft`, `no` …"""
+        if self.widths is not None:
+            return "not at these widths"
         word = WORDS[self.model.loads]
         if self.model.loads != LOADS or self.draft is None or self.draft.loads == LOADS:
             return word
@@ -67,13 +71,13 @@ class Row:
     def reasons(self) -> str:
         """Why, of the model and of a draft that does not load or loads for another reason."""
         told = [] if self.draft is None or self.draft.why == self.model.why else [f"draft: {self.draft.why}"]
-        return "; ".join([self.model.why, *told])
+        return "; ".join([self.model.why, *told, *([] if self.widths is None else [self.widths.why])])
 
     @property
     def evidence(self) -> str:
         """What stands behind the verdicts: `run` or `read`, and of what."""
         sources: dict[str, dict[str, None]] = {}
-        for verdict in (self.model, self.draft):
+        for verdict in (self.model, self.draft, self.widths):
             if verdict is not None and verdict.known:
                 sources.setdefault(verdict.known, {})[verdict.source] = None
         return "; ".join(f"{known}: {'; '.join(found)}" for known, found in sources.items())
@@ -97,8 +101,34 @@ def rows_of(facts: Facts) -> list[Row]:
         model = _decided(engine["model"], facts)
         has_draft = facts.draft != NO_DRAFT and model.loads == LOADS
         draft = _decided(engine["draft"], facts) if has_draft else None
-        rows.append(Row(engine["name"], str(engine["version"]), model, draft))
+        widths = _without_kernels(engine, facts.widths) if model.loads == LOADS else None
+        rows.append(Row(engine["name"], str(engine["version"]), model, draft, widths))
     return rows
+
+
+def widths_without_kernels(engine: Mapping[str, Any], widths: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    """Numbers of a config.json for which an engine of the table has no kernels: key, what it takes, what it is."""
+    found = []
+    for key, rule in engine.get("widths", {}).get("rules", {}).items():
+        width = widths.get(key)
+        if isinstance(rule, list):
+            words, holds = " or ".join(map(str, rule)), width in rule
+        elif "most" in rule:
+            words, holds = f"at most {rule['most']}", width is not None and width <= rule["most"]
+        else:
+            words, holds = f"a multiple of {rule['multiple']}", width is not None and width % rule["multiple"] == 0
+        if width is not None and not holds:
+            found.append((key, words, width))
+    return found
+
+
+def _without_kernels(engine: Mapping[str, Any], widths: Mapping[str, int]) -> Verdict | None:
+    found = widths_without_kernels(engine, widths)
+    if not found:
+        return None
+    stated = engine["widths"]
+    told = ", ".join(f"{key} {width} (it takes {words})" for key, words, width in found)
+    return Verdict(FAILS, f"{stated['why']}: {told}", stated["known"], stated["source"])
 
 
 def _decided(rules: Iterable[Mapping[str, Any]], facts: Facts) -> Verdict:

@@ -62,10 +62,14 @@ class Facts:
     """That the draft proposes at a time."""
     nbytes: int
     """Of all tensors."""
+    widths: Mapping[str, int]
+    """Numbers of config.json, by its keys."""
 
     @property
     def gpus(self) -> tuple[int, int]:
         """How many GPUs of how many GB hold the weights, and the cache beside them."""
+        if self.nbytes < 60e9:
+            return 1, 80
         return (4, 80) if self.nbytes < 260e9 else (8, 180)
 
 
@@ -132,6 +136,7 @@ def facts_of(config: Mapping[str, Any], dtypes: Mapping[str, str], nbytes: int, 
         release=None if release is None else release.name,
         tokens=0 if kind == NO_DRAFT else dims.draft.block_size if kind == DSPARK else MTP_TOKENS,
         nbytes=nbytes,
+        widths={key: value for key, value in config.items() if type(value) is int},
     )
 
 

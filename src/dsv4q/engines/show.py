@@ -26,7 +26,7 @@ def show_compat(facts: Facts, console: Console) -> None:
     )
     console.table("Engines", ["engine", "version", "loads it"], [[row.engine, row.version, row.word] for row in rows])
     for row in rows:
-        for part, verdict in (("model", row.model), ("draft", row.draft)):
+        for part, verdict in (("model", row.model), ("draft", row.draft), ("widths", row.widths)):
             if verdict is not None:
                 known = f" ({verdict.known}: {verdict.source})" if verdict.known else ""
                 console.print(f"{row.name}, {part}: {WORDS[verdict.loads]}: {verdict.why}{known}")
@@ -59,7 +59,7 @@ def compat_json(facts: Facts) -> dict[str, Any]:
 
 def is_loaded(rows: Sequence[Row]) -> bool:
     """Whether any engine of the table is known to load it."""
-    return any(row.model.loads == LOADS for row in rows)
+    return any(row.model.loads == LOADS and row.widths is None for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------ Markdown

@@ -119,6 +119,18 @@ class ToyConfig:
         return Dims.from_config(self.as_config_json())
 
 
+FOR_VLLM: dict[str, Any] = {
+    "moe_intermediate_size": 256,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "o_lora_rank": 128,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 64,
+    "sliding_window": 128,
+}
+"""Dimensions for which vLLM 0.33.0 has kernels (`widths` in engines/compat.yaml); the default ones it cannot build."""
+
 _MAY_BE_ZERO = ("num_hash_layers", "num_nextn_predict_layers", "dspark_markov_rank")
 _MARKOV_RANK = 32
 
@@ -195,17 +207,20 @@ class ToySummary:
     conversations: int
 
 
-def load_toy_config(path: Path | None, draft: str | None = None) -> ToyConfig:
+def load_toy_config(path: Path | None, draft: str | None = None, *, for_vllm: bool = False) -> ToyConfig:
     """Read a YAML mapping of ToyConfig's fields; those left out keep their defaults.
 
     Args:
         path: None: nothing but defaults.
+        for_vllm: `FOR_VLLM` in their place.
         draft: see `with_draft`; None: as the fields say.
 
     Raises:
         ConfigError: absent, not UTF-8 YAML, not a mapping, an unknown key, an impossible value.
     """
     toy = ToyConfig() if path is None else _read(path)
+    if for_vllm:
+        toy = dataclasses.replace(toy, **FOR_VLLM)
     return toy if draft is None else with_draft(toy, draft)
 
 
