@@ -322,7 +322,7 @@ def test_report_scales_are_those_in_the_artifact(main_run: tuple[Job, dict[str, 
 
 def test_model_card_has_the_serve_command_for_this_artifact(made: Job) -> None:
     card = (made.out / "README.md").read_text()
-    assert "vllm serve ARTIFACT --tensor-parallel-size 4 --kv-cache-dtype fp8" in card
+    assert "vllm serve ARTIFACT --tensor-parallel-size 1 --kv-cache-dtype fp8" in card
     speculative = """--speculative-config '{"method":"mtp","num_speculative_tokens":2}'"""
     assert (speculative in card) == made.config.draft.keep
     assert "--tokenizer-mode deepseek_v4 --reasoning-parser deepseek_v4" in card
