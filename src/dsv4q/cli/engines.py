@@ -62,7 +62,7 @@ def compat(
 
     console = console_of(as_json, quiet, is_first_rank)
     facts = read_facts(artifact)
-    console.data(compat_json(facts))
-    show_compat(facts, console)
+    console.data(compat_json(facts, artifact))
+    show_compat(facts, artifact, console)
     if not is_loaded(rows_of(facts)):
         raise typer.Exit(1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dsv4q.console import Console
@@ -16,7 +18,7 @@ _LAYOUTS = {
 }  # fmt: skip
 
 
-def show_compat(facts: Facts, console: Console) -> None:
+def show_compat(facts: Facts, artifact: Path, console: Console) -> None:
     """Engine, version, whether it loads; why, and what stands behind saying so; then hardware and command lines."""
     rows = rows_of(facts)
     draft = "no draft" if facts.draft == NO_DRAFT else f"draft {facts.draft} with {facts.draft_experts} experts"
@@ -37,7 +39,11 @@ def show_compat(facts: Facts, console: Console) -> None:
         told = "{experts} ({known}: {source})".format(**gpu)
         console.print("{name} {version}, SM {sm}: ".format(**gpu) + told)
     for one in servings(facts, rows):
-        console.print(f"{one.name} ({one.known}, not run):\n  {one.command}")
+        console.print(f"{one.name} ({one.known}, not run):\n  {_with_path(one.command, artifact)}")
+
+
+def _with_path(serve: str, artifact: Path) -> str:
+    return serve.replace("ARTIFACT", shlex.quote(str(artifact)))
 
 
 def engines_line(rows: Sequence[Row]) -> str:
@@ -45,7 +51,7 @@ def engines_line(rows: Sequence[Row]) -> str:
     return "; ".join(f"{row.name}: {row.word}" for row in rows)
 
 
-def compat_json(facts: Facts) -> dict[str, Any]:
+def compat_json(facts: Facts, artifact: Path) -> dict[str, Any]:
     """All of it, for `--json`."""
     rows = rows_of(facts)
     hardware = hardware_of(facts, rows)
@@ -53,7 +59,7 @@ def compat_json(facts: Facts) -> dict[str, Any]:
         "facts": vars(facts),
         "engines": [row.as_dict() for row in rows],
         "hardware": {"text": hardware.text, "engines": list(hardware.rows)},
-        "serve": [vars(one) for one in servings(facts, rows)],
+        "serve": [vars(one) | {"command": _with_path(one.command, artifact)} for one in servings(facts, rows)],
     }
 
 
