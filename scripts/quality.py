@@ -83,10 +83,11 @@ def measure(source: Path, work: Path, options: argparse.Namespace) -> dict[str, 
     data = DataRequest(text, options.samples, options.length, options.micro_batch)
 
     def made(artifact: Path, config: Config) -> dict[str, Any]:
-        say(f"{source.name}: {artifact.name}")
+        say(f"quantize {source.name} to {artifact.name}")
         return quantize(QuantizeJob(source, artifact, config, device=options.device), QUIET)
 
     def judged(artifact: Path, reference: Path = source, **how: Any) -> dict[str, Any]:
+        say(f"eval {artifact.name} against {reference.name}, {how.get('activations', Emulation.KERNELS)}")
         return evaluate(EvaluationRequest(artifact, reference, data, options.device, **how), QUIET)
 
     columns: dict[str, Any] = {}
@@ -117,7 +118,7 @@ def measure(source: Path, work: Path, options: argparse.Namespace) -> dict[str, 
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{datetime.now(UTC):%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ two results, paired
