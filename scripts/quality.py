@@ -83,10 +83,11 @@ def measure(source: Path, work: Path, options: argparse.Namespace) -> dict[str, 
     data = DataRequest(text, options.samples, options.length, options.micro_batch)
 
     def made(artifact: Path, config: Config) -> dict[str, Any]:
-        say(f"{source.name}: {artifact.name}")
+        say(f"quantize {source.name} to {artifact.name}")
         return quantize(QuantizeJob(source, artifact, config, device=options.device), QUIET)
 
     def judged(artifact: Path, reference: Path = source, **how: Any) -> dict[str, Any]:
+        say(f"eval {artifact.name} against {reference.name}, {how.get('activations', Emulation.KERNELS)}")
         return evaluate(EvaluationRequest(artifact, reference, data, options.device, **how), QUIET)
 
     columns: dict[str, Any] = {}
@@ -105,19 +106,22 @@ def measure(source: Path, work: Path, options: argparse.Namespace) -> dict[str, 
             "weights_alone": judged(artifact, activations=Emulation.NONE),
         }
     pair = judged(*(work / CONFIGS[label] for label in PAIR))
-    ranges = {"headroom 1": columns["exact"]["eval"]}
+    ranges: dict[str, Any] = {}
     for label, activations in RANGES.items():
-        if label not in ranges:
-            artifact = work / f"{CONFIGS['exact']}-{label.replace(' ', '-')}"
-            made(artifact, sized(CONFIGS["exact"], options, activations))
-            ranges[label] = judged(artifact)
+        config = sized(CONFIGS["exact"], options, activations)
+        if config == sized(CONFIGS["exact"], options):
+            ranges[label] = columns["exact"]["eval"]
+            continue
+        artifact = work / f"{CONFIGS['exact']}-{label.replace(' ', '-')}"
+        made(artifact, config)
+        ranges[label] = judged(artifact)
     with open_source(source) as checkpoint:
         size = sum(entry.nbytes for entry in checkpoint.tensors.values())
     return {"source_bytes": size, "columns": columns, "pair": pair, "ranges": ranges}
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{datetime.now(UTC):%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ two results, paired
@@ -167,7 +171,7 @@ class Measure:
 
     name: str
     of: Callable[[Found], Found | None]
-    """None: there is no such thing in this result."""
+    """None: an empty cell."""
     form: str
     factor: float = 1.0
     nothing: float | None = None
@@ -176,16 +180,18 @@ class Measure:
     def cell(self, result: Found) -> str:
         found = self.of(result)
         if found is None:
-            return "none"
+            return ""
         scaled = {key: None if value is None else value * self.factor for key, value in found.items()}
         return spread(scaled, self.form, None if self.nothing is None else self.nothing * self.factor)
 
-    def tokens(self, result: Found) -> str:
-        """`12,000`: on how many tokens a difference of this size is significant, if they are such as these."""
+    def tokens(self, result: Found, seen: int | None = None) -> str:
+        """`12,000`: on how many tokens a difference of this size is significant, if they are such as those seen."""
         assert self.nothing is not None
         found = self.of(result)
-        needed = None if found is None else tokens_needed(found, self.nothing, result["data"]["tokens"])
-        return "none" if needed is None else f"{needed:,}"
+        if found is None:
+            return ""
+        needed = tokens_needed(found, self.nothing, result["data"]["tokens"] if seen is None else seen)
+        return "–" if needed is None else f"{needed:,}"
 
 
 def tokens_needed(found: Found, nothing: float, tokens: int) -> int | None:
@@ -218,9 +224,12 @@ def points(name: str, of: Callable[[Found], Found | None]) -> Measure:
     return Measure(f"{name}, points", of, "+.2f", 100.0, 0.0)
 
 
-def changed_acceptance(result: Found, step: str) -> Found | None:
-    found = result["acceptance"]["differences"].get("artifact as a whole")
-    return None if found is None else found[step]
+NONE = {"value": None, "low": None, "high": None}
+"""Of a draft that is not there."""
+
+
+def changed_acceptance(result: Found, step: str) -> Found:
+    return result["acceptance"]["differences"].get("artifact as a whole", {}).get(step, NONE)
 
 
 def own_acceptance(side: str, step: str) -> Callable[[Found], Found]:
@@ -348,8 +357,13 @@ def answers_table(columns: Found) -> Iterator[Table]:
     for rate, name in rates.items():
         cells = (spread(served("artifact", rate)(r), ".2%") for r in results.values())
         rows.append([f"own answers, {name}", spread(served("reference", rate)(base), ".2%"), *cells])
-        change = points("", lambda r, rate=rate: r["answers"]["differences"].get(rate))
+        change = points("", lambda r, rate=rate: r["answers"]["differences"].get(rate, NONE))
         rows.append(["– minus BF16's, points", "", *(change.cell(r) for r in results.values())])
+        seen = (r["answers"]["artifact"]["counts"]["tokens"] for r in results.values())
+        needed = (change.tokens(r, tokens) for r, tokens in zip(results.values(), seen, strict=True))
+        rows.append(["– significant from, tokens of answers", "", *needed])
+    counts = (base["answers"]["reference"], *(r["answers"]["artifact"] for r in results.values()))
+    rows.append(["tokens of own answers", *(f"{one['counts']['tokens']:,}" for one in counts)])
     length = "k_2 mean_accepted_length"
     rows.append(["own answers, k = 2, accepted length", spread(served("reference", length)(base), ".3f"),
                  *(spread(served("artifact", length)(r), ".3f") for r in results.values())])  # fmt: skip

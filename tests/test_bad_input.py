@@ -539,7 +539,7 @@ def test_a_second_run_at_once_is_refused_and_the_first_goes_on(source: Path, unf
 
 def test_a_resume_with_another_config_is_refused(source: Path, unfinished: Path) -> None:
     config = {**TOY, "activations": {"headroom": 4.0}}
-    assert_refused(source, unfinished, ("another config", "config.activations.headroom", "1.0", "4.0"), config)
+    assert_refused(source, unfinished, ("another config", "config.activations.headroom", "2.0", "4.0"), config)
 
 
 # ------------------------------------------------------------------------------------------------ config and recipe

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from artifact_maker import fp8, int4, read
@@ -71,6 +73,18 @@ def test_nvfp4_input_beyond_the_calibrated_range_is_clipped() -> None:
 def test_nvfp4_input_far_below_the_calibrated_range_is_zero() -> None:
     x = torch.full((1, 16), 2.0**-20, dtype=torch.bfloat16)
     assert nvfp4_input(x, torch.tensor([448.0 * 6])).eq(0).all()
+
+
+@given(st.integers(0, 2**32), st.integers(-3, 8), st.sampled_from([2, 4, 1024]))
+def test_a_headroom_that_is_a_power_of_two_rounds_the_same_but_for_what_it_no_longer_clips(
+    seed: int, size: int, headroom: int
+) -> None:
+    x = random(4, 64, seed=seed, size=2.0**size)
+    amax = float(x.abs().amax())
+    tight, wide = (nvfp4_input(x, torch.tensor([448 * 6 / (factor * amax)])) for factor in (1, headroom))
+    assert torch.equal(tight, wide)
+    beyond = nvfp4_input(x, torch.tensor([448 * 6 / (amax / 4)]))
+    assert float(beyond.abs().amax()) == pytest.approx(amax / 4, rel=0.01) and not torch.equal(beyond, wide)
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32), (3, 2, 5, 32)])

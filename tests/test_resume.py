@@ -117,10 +117,10 @@ def refusal(job: Job) -> Dsv4qError:
 
 def test_resume_with_another_config_is_refused_and_the_key_named(source: Path, tmp_path: Path) -> None:
     job = killed(source, tmp_path / "out")
-    changed = job.config.model_copy(update={"activations": job.config.activations.model_copy(update={"headroom": 2.0})})
+    changed = job.config.model_copy(update={"activations": job.config.activations.model_copy(update={"headroom": 4.0})})
     error = refusal(replace(job, config=changed))
     assert isinstance(error, ResumeError)
-    assert "config.activations.headroom" in str(error) and "1.0" in str(error) and "2.0" in str(error)
+    assert "config.activations.headroom" in str(error) and "2.0" in str(error) and "4.0" in str(error)
 
 
 def test_resume_with_other_data_is_refused_and_the_difference_named(source: Path, tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_the_streaming_artifact_is_what_stock_writes_bit_for_bit(tmp_path: Path,
 def test_stock_with_our_observers_finds_the_scales_that_the_batched_pipeline_finds(tmp_path: Path) -> None:
     job = toy_job(tmp_path, "nvfp4-fp8-mtp")
     recipe = load_config(CONFIGS / "nvfp4-fp8-mtp.yaml").recipe
-    job = replace(job, config=parse_config({**job.config.model_dump(mode="json"), "recipe": recipe}))
+    plain = {"recipe": recipe, "activations": {"headroom": 1.0}}  # stock knows no headroom
+    job = replace(job, config=parse_config({**job.config.model_dump(mode="json"), **plain}))
     assert job.config.groups["experts"].weights.observer == "exact_nvfp4"
     quantize(job, Console(Mode.QUIET))
     stock = run_stock(job.source, tmp_path / "stock", calibration_batches(job), yaml.safe_dump(job.config.recipe))

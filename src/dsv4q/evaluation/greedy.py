@@ -46,6 +46,8 @@ def answer_all(
     """
     found: list[Answers] = []
     for side in sides:
+        side.streams = []
+    for side in sides:
         side.clipping.counting = False
         answers = Answers(side.name, [replace(one) for one in asked])
         with _passes(side, console, check_stop) as run:
