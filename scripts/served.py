@@ -2,7 +2,7 @@
 
     python scripts/served.py ARTIFACT... --reference SOURCE [--data FILE] [--samples 64] [--length 512]
         [--answers 64] [--answer-tokens 128] [--at-once 64] [--drafts 0,1,2] [--tensor-parallel 1] [--eager]
-        [--python "COMMAND"] [--json FILE]
+        [--python "COMMAND"] [--json FILE] [--beside FILE]
 
 For SOURCE and each ARTIFACT: the negative log-likelihood of held-out text by vLLM's prompt log-probabilities, greedy
 answers and how many are SOURCE's own, tokens/s without a draft and with 1 and 2 tokens drafted at a time, acceptance by
@@ -58,6 +58,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--python", default=shlex.quote(sys.executable), help="command that runs Python with vLLM")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--beside", type=Path, action="append", default=[], help="--json of an earlier call, for one table"
+    )
     options = parser.parse_args()
     for name in ("drafts", "tensor_parallel"):
         try:
@@ -182,8 +185,10 @@ def row_of(name: str, of: Sequence[Mapping[str, Any]], reference: Sequence[Mappi
     by_draft = {run["drafted"]: run for run in of if "failed" not in run}
     base = {run["drafted"]: run for run in reference if "failed" not in run}
     first = next((run for run in by_draft.values() if "nll" in run), {})
-    plain, theirs = by_draft.get(0, {}), base.get(0, {})
-    same = [a == b for a, b in zip(plain.get("answers", []), theirs.get("answers", []), strict=False)]
+    # Greedy answers do not depend on the draft but for sums of another order: those of the same number are compared.
+    both = min(by_draft.keys() & base.keys(), default=None)
+    pairs = [] if both is None else zip(by_draft[both]["answers"], base[both]["answers"], strict=True)
+    same = [a == b for a, b in pairs]
     cells: list[object] = [name, f"{first['nll']:.6f}" if first else "failed"]
     cells.append(f"{sum(same)} of {len(same)}" if same else None)
     for tokens in SEQUENCES:
@@ -207,7 +212,7 @@ def show(found: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str
     )
     head = ["checkpoint", "NLL", "answers as SOURCE's", "tokens/s, no draft", "accepted, 1 drafted", "tokens/s",
             "accepted, 2 drafted", "tokens/s"]  # fmt: skip
-    for gpus in options.tensor_parallel:
+    for gpus in sorted({run["gpus"] for run in served}):
         here = [run for run in served if run["gpus"] == gpus]
         reference = [run for run in here if run["checkpoint"] == str(options.reference)]
         names = dict.fromkeys(run["checkpoint"] for run in here)
@@ -242,7 +247,7 @@ def offline_row(folder: Path, side: str, result: Mapping[str, Any]) -> list[obje
 
 def main() -> None:
     options = parse()
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = [run for file in options.beside for run in json.loads(file.read_text())["runs"]]
     try:
         for run in runs(options):
             found.append(run)

@@ -70,6 +70,19 @@ def test_each_checkpoint_has_a_row_with_what_the_engines_counted(
     assert engines == [(str(f), gpus, k) for gpus in (1, 2) for f in (source, other) for k in (0, 1, 2)]
 
 
+def test_an_earlier_call_stands_in_the_same_table(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy_of(source, tmp_path / "other")
+    run(monkeypatch, other, "--reference", source, "--drafts", "1", "--json", tmp_path / "found.json")
+    run(monkeypatch, "--reference", source, "--drafts", "0,2", "--beside", tmp_path / "found.json")
+    text = capsys.readouterr().out.split("Tensor parallel 1:")[-1]
+    (whole,) = [line for line in text.splitlines() if line.startswith(f"| {source} |")]
+    (part,) = [line for line in text.splitlines() if line.startswith(f"| {other} |")]
+    assert whole.endswith("| 3 of 3 | 500 | 75.00 % | 667 | 75.00 % | 1000 |")
+    assert part.endswith("| 3 of 3 |  | 75.00 % | 667 |  |  |")
+
+
 def test_only_the_first_engine_of_a_checkpoint_reads_the_text(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
