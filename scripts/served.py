@@ -11,7 +11,8 @@ the engine's own counters. Checkpoints may be of any layout that vLLM reads: our
 Texts and prompts are those of `dsv4q eval --answers`: `heldout.jsonl` of SOURCE unless --data names others, each
 sample up to the assistant's first turn. `dsv4q eval ARTIFACT --reference SOURCE --answers 64 --save` writes
 ARTIFACT/eval.json, from which the offline columns are taken; without it they are absent. --python is the command that
-runs Python with vLLM, if that is another environment than the one with dsv4q. --json also has all answers.
+runs Python with vLLM, if that is another environment than the one with dsv4q. --json also has all answers. --beside
+adds what an earlier call served to the tables, and does not serve it again.
 """
 
 from __future__ import annotations
@@ -135,8 +136,9 @@ def serve(options: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every engine of the table, one after the other; the text is read by the first engine of a checkpoint."""
+def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every engine of the table that did not run before; the text is read by the first one of a checkpoint."""
+    there = {engine_of(run): "nll" in run for run in before if "checkpoint" in run and "failed" not in run}
     checkpoints = [options.reference, *options.artifacts]
     configs = {folder: load_model_config(folder) for folder in checkpoints}
     for folder, config in configs.items():
@@ -145,13 +147,16 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     asked = prompts(options, texts)
     for gpus in options.tensor_parallel:
         for folder in checkpoints:
+            has_read = any(read for (name, n, _), read in there.items() if (name, n) == (str(folder), gpus))
             for tokens in options.drafts:
+                if (str(folder), gpus, tokens) in there:
+                    continue
                 job = {
                     "model": str(folder.resolve()),
                     "speculation": speculation(configs[folder], folder, tokens),
                     "tensor_parallel": gpus,
                     "eager": options.eager,
-                    "texts": texts if tokens == options.drafts[0] else [],
+                    "texts": [] if has_read else texts,
                     "prompts": asked,
                     "answer_tokens": options.answer_tokens,
                     "at_once": options.at_once,
@@ -159,9 +164,14 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 named = {"checkpoint": str(folder), "gpus": gpus, "drafted": tokens, "speculation": job["speculation"]}
                 try:
                     yield named | serve(options, job)
+                    has_read = True
                 except subprocess.CalledProcessError as error:
                     yield named | {"failed": error.returncode}
     yield {"prompts": asked}
+
+
+def engine_of(run: Mapping[str, Any]) -> tuple[str, int, int]:
+    return run["checkpoint"], run["gpus"], run["drafted"]
 
 
 # ------------------------------------------------------------------------------------------ the table
@@ -249,7 +259,7 @@ def main() -> None:
     options = parse()
     found: list[dict[str, Any]] = [run for file in options.beside for run in json.loads(file.read_text())["runs"]]
     try:
-        for run in runs(options):
+        for run in runs(options, tuple(found)):
             found.append(run)
             short = {k: v for k, v in run.items() if k not in ("answers", "prompts")}
             print(json.dumps(short), file=sys.stderr, flush=True)

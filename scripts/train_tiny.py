@@ -68,6 +68,7 @@ WIDTHS = {
         num_attention_heads=8,
         q_lora_rank=256,
         o_lora_rank=256,
+        shards=5,
     ),
     "small": ToyConfig(hidden_size=128, o_lora_rank=64, num_attention_heads=4, index_topk=32, shards=2),
     "least": ToyConfig(

@@ -75,7 +75,10 @@ def test_an_earlier_call_stands_in_the_same_table(
 ) -> None:
     other = copy_of(source, tmp_path / "other")
     run(monkeypatch, other, "--reference", source, "--drafts", "1", "--json", tmp_path / "found.json")
-    run(monkeypatch, "--reference", source, "--drafts", "0,2", "--beside", tmp_path / "found.json")
+    both = ("--reference", source, "--drafts", "0,1,2", "--beside", tmp_path / "found.json")
+    run(monkeypatch, *both, "--json", tmp_path / "whole.json")
+    engines = [one for one in json.loads((tmp_path / "whole.json").read_text())["runs"] if "checkpoint" in one]
+    assert [one["drafted"] for one in engines] == [1, 1, 0, 2] and sum("nll" in one for one in engines) == 2
     text = capsys.readouterr().out.split("Tensor parallel 1:")[-1]
     (whole,) = [line for line in text.splitlines() if line.startswith(f"| {source} |")]
     (part,) = [line for line in text.splitlines() if line.startswith(f"| {other} |")]
