@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-SYSCALLS = ("pwritev", "fsync", "replace", "write", "truncate", "unlink", "rmdir", "mkdir")
+SYSCALLS = ("pwritev", "fsync", "replace", "write", "truncate", "unlink", "rmdir", "mkdir", "link")
 """Every way in which a run changes the disk, syncs included."""
 
 

@@ -243,15 +243,22 @@ def test_nothing_that_a_run_does_changes_the_release(native: Path, tmp_path: Pat
     assert {path: (path.read_bytes(), path.stat().st_mode) for path in source.rglob("*") if path.is_file()} == before
 
 
+@pytest.fixture(scope="module")
+def taking_over(native: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Export, int]:
+    """A finished export of a release with a file for each block, and how often it changed the disk."""
+    root = tmp_path_factory.mktemp("taking_over")
+    source = one_file_a_block(native, root / "native")
+    made = Export(quantized(source, root / "first"), root / "out", source, MODELOPT)
+    return made, changes_of(lambda: run(made))
+
+
 @pytest.mark.parametrize("part", [0.1, 0.25, 0.4, 0.6, 0.75, 0.9])
 def test_a_killed_run_that_takes_files_over_is_finished_by_the_same_command(
-    native: Path, tmp_path: Path, part: float
+    taking_over: tuple[Export, int], tmp_path: Path, part: float
 ) -> None:
-    source = one_file_a_block(native, tmp_path / "native")
-    job = Export(quantized(source, tmp_path / "first"), tmp_path / "out", source, MODELOPT)
-    whole = replace(job, out=tmp_path / "whole")
-    count = changes_of(lambda: run(whole))
-    assert killed(lambda: run(job), int(part * count))
+    whole, changes = taking_over
+    job = replace(whole, out=tmp_path / "out")
+    assert killed(lambda: run(job), int(part * changes))
     run(job)
     assert digests(job.out) == digests(whole.out)
 

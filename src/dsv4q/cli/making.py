@@ -167,6 +167,9 @@ def quantize(
     """
     from dsv4q import quantize as story
     from dsv4q.config import load_config
+    from dsv4q.engines.compat import rows_of
+    from dsv4q.engines.show import engines_line
+    from dsv4q.plan.modelcard import plan_facts
     from dsv4q.report.build import show_report
     from dsv4q.report.page.write import write_missing_page
     from dsv4q.report.show import show_plan
@@ -177,8 +180,11 @@ def quantize(
     job = story.Job(source, out, parsed, device, gpu_memory, resume)
     if dry_run:
         made = story.prepare(job)
-        console.data(made.as_dict())
+        rows = [] if made.problems else rows_of(plan_facts(made))
+        console.data(made.as_dict() | ({"engines": [row.as_dict() for row in rows]} if rows else {}))
         show_plan(made, console, gpu_memory)
+        if rows:
+            console.print(f"engines    {engines_line(rows)}")
         if made.problems:
             raise typer.Exit(1)
         return
