@@ -41,7 +41,6 @@ demo: $(STAMP)
 	$(BIN)/dsv4q verify-shards $(DEMO)/artifact --source $(MODEL) --deep
 	$(BIN)/dsv4q eval $(DEMO)/artifact --reference $(MODEL) --samples 16 --device cpu --save
 	$(BIN)/dsv4q report $(DEMO)/artifact
-	$(BIN)/dsv4q compat $(DEMO)/artifact
 
 # Two processes for two cores: the halves are those of tests/slow.py. What the second one said comes last.
 test: $(STAMP)
