@@ -253,19 +253,18 @@ PATIENCE = 10.0
 
 
 @contextmanager
-def _ended_if_stuck() -> Iterator[None]:
-    """Context that ends this rank, with a word, if it has not left it so long after SIGTERM.
+def _ended_if_stuck(awake: threading.Event) -> Iterator[None]:
+    """Context that ends this rank, with a word, if so long after SIGTERM it has not left it and is not `awake`.
 
     A kernel of NCCL waits for a peer that is gone for as long as its timeout, hours here, and the main thread, which
     waits for the kernel, runs no Python in which a signal would be heard. So another thread hears it.
     """
     heard, pipe = socket.socketpair()
     pipe.setblocking(False)
-    left = threading.Event()
 
     def listen() -> None:
         while number := heard.recv(1):
-            if number[0] == signal.SIGTERM and not left.wait(PATIENCE):
+            if number[0] == signal.SIGTERM and not awake.wait(PATIENCE):
                 error = RankError(
                     "This rank was told to end and does not come out of its wait for the others; one of them is gone",
                     where=f"rank {os.environ.get('RANK', '0')}",
@@ -281,7 +280,7 @@ def _ended_if_stuck() -> Iterator[None]:
     try:
         yield
     finally:
-        left.set()
+        awake.set()
         signal.set_wakeup_fd(before)
         pipe.close()
 
@@ -301,6 +300,7 @@ def stoppable() -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     asked: set[int] = set()
+    awake = threading.Event()
 
     def note(number: int, _frame: object) -> None:
         if number == signal.SIGINT and number in asked:
@@ -309,6 +309,7 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if asked:
+            awake.set()  # what is under way is still brought to its end, however long that takes
             raise KeyboardInterrupt
 
     # Under nohup SIGHUP is ignored, and has to stay so. A shell's background job ignores SIGINT too, but only from a
@@ -318,7 +319,7 @@ def stoppable() -> Iterator[Callable[[], None]]:
     before = {number: signal.signal(number, note) for number in numbers}
     several = rank_variables().count > 1
     try:
-        with _ended_if_stuck() if several else nullcontext():
+        with _ended_if_stuck(awake) if several else nullcontext():
             yield check
     except BaseException:
         if several:
