@@ -41,7 +41,8 @@ from dsv4q.evaluation.data import DataRequest, load_data, turn_ids
 from dsv4q.layout import DSPARK, MTP, Dims
 
 ENGINE = Path(__file__).with_name("served_engine.py")
-SEQUENCES = (0, 1, 2)
+DRAFTED = (0, 1, 2)
+"""Tokens drafted at a time that the tables have columns for."""
 
 
 def parse() -> argparse.Namespace:
@@ -80,7 +81,7 @@ def refuse_unbuildable(folder: Path, config: Mapping[str, Any]) -> None:
         SourceError: a width for which vLLM has no kernel; all of them are named.
     """
     newest = next(engine for engine in engines()["engines"] if engine["name"] == "vLLM")
-    wrong = widths_without_kernels(newest, {key: value for key, value in config.items() if type(value) is int})
+    wrong = widths_without_kernels(newest, config)
     if wrong:
         raise SourceError(
             f"vLLM {newest['version']} has no kernels for a model of these widths",
@@ -201,7 +202,7 @@ def row_of(name: str, of: Sequence[Mapping[str, Any]], reference: Sequence[Mappi
     same = [a == b for a, b in pairs]
     cells: list[object] = [name, f"{first['nll']:.6f}" if first else "failed"]
     cells.append(f"{sum(same)} of {len(same)}" if same else None)
-    for tokens in SEQUENCES:
+    for tokens in DRAFTED:
         run = by_draft.get(tokens, {})
         accepted = acceptance(run)
         if tokens:

@@ -15,7 +15,9 @@ from dsv4q.evaluate import EvaluationRequest, evaluate
 from dsv4q.evaluation.answers import AnswersRequest
 from dsv4q.evaluation.data import DataRequest
 from dsv4q.evaluation.rounding import Emulation
+from dsv4q.made_up.native import grid_form
 from dsv4q.made_up.toy import write_toy
+from runs import run, toy_job
 
 CYCLE = "!#$%&()*+/:;<=>@[]^_{|}~"
 """Characters that the toy's tokenizer knows one by one; the text repeats them in this order."""
@@ -44,6 +46,13 @@ def write_counting_toy(folder: Path, draft_gain: float = 1.0, seed: int = 0) -> 
         },
     )
     (folder / "heldout.txt").write_text(CYCLE * 40, encoding="utf-8")
+    return folder
+
+
+def write_exact_artifact(folder: Path) -> Path:
+    """`source`, a toy on the grid, and `out`, its exact artifact, in `folder`."""
+    write_toy(folder / "source", form=grid_form())
+    run(toy_job(folder, make=False))
     return folder
 
 

@@ -21,12 +21,11 @@ from dsv4q.evaluation import side as streams
 from dsv4q.evaluation.data import DataRequest, load_data
 from dsv4q.evaluation.drafts import propose
 from dsv4q.evaluation.side import Side, open_side
-from dsv4q.made_up.native import grid_form, native_form
+from dsv4q.made_up.native import native_form
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP
 from dsv4q.verify.judge import verify
-from eval_toys import changed, noise_like, pair, run_eval, write_counting_toy
-from runs import run, toy_job
+from eval_toys import changed, noise_like, pair, run_eval, write_counting_toy, write_exact_artifact
 from stock import load
 from test_end_to_end import GIVE_BACK, WIDE, command
 
@@ -56,11 +55,7 @@ def itself(source: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`source`, a toy on the grid, and `out`, its exact artifact."""
-    folder = tmp_path_factory.mktemp("grid")
-    write_toy(folder / "source", form=grid_form())
-    run(toy_job(folder, make=False))
-    return folder
+    return write_exact_artifact(tmp_path_factory.mktemp("grid"))
 
 
 # ------------------------------------------------------------------------------------------------ nothing changed

@@ -23,7 +23,7 @@ from dsv4q.made_up.native import grid_form
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.verify.library import library_scheme
 from dsv4q.verify.schemes import FP8, INT, NVFP4, closed_scheme
-from eval_toys import changed, run_eval
+from eval_toys import changed, run_eval, write_exact_artifact
 from runs import run, toy_job
 from test_end_to_end import command
 
@@ -32,11 +32,7 @@ W13, W2 = "routed experts w1, w3", "routed experts w2"
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`source`, a toy on the grid; `out`, its exact artifact."""
-    folder = tmp_path_factory.mktemp("activations")
-    write_toy(folder / "source", form=grid_form())
-    run(toy_job(folder, make=False))
-    return folder
+    return write_exact_artifact(tmp_path_factory.mktemp("activations"))
 
 
 def in_memory(artifact: Path, emulation: Emulation, block: str = "layers.1") -> Side:

@@ -10,9 +10,10 @@ import yaml
 
 from dsv4q.checkpoint.source import scan
 from dsv4q.config import Output, load_config
+from dsv4q.engines.compat import serving
 from dsv4q.made_up.toy import ToyConfig, with_draft
 from dsv4q.plan.draft import LEFT_OUT, DraftForm
-from dsv4q.plan.modelcard import model_card, serve_command, source_license
+from dsv4q.plan.modelcard import model_card, source_license
 from dsv4q.plan.plan import make_plan
 from dsv4q.plan.small_files import carried_files
 from runs import CONFIGS
@@ -71,7 +72,7 @@ def test_the_card_of_a_dspark_artifact_serves_with_that_method_and_never_with_mt
 
 @pytest.mark.parametrize("form", [DraftForm("mtp", tokens=2), DraftForm("dspark", tokens=5), LEFT_OUT], ids=str)
 def test_the_serve_command_is_one_shell_command_with_the_options_of_the_contract(form: DraftForm) -> None:
-    words = serve_command(form).replace("\\\n", " ").split()
+    words = serving("vLLM", form.kind, form.tokens, 4).command.replace("\\\n", " ").split()
     assert words[:3] == ["vllm", "serve", "ARTIFACT"] and "\n" not in words
     for option in ("--tensor-parallel-size 4", "--kv-cache-dtype fp8", "--max-model-len 65536",
                    "--tokenizer-mode deepseek_v4", "--reasoning-parser deepseek_v4", "--tool-call-parser deepseek_v4",

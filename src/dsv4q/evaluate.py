@@ -85,8 +85,7 @@ def evaluate(request: EvaluationRequest, console: Console) -> dict[str, Any]:
         artifact = open_side("artifact", request.artifact, device, request.activations)
         require_alike(reference, artifact)
         data = load_data(request.data, request.reference, request.artifact, reference.dims.vocab)
-        turn, end = turn_ids(request.reference)
-        asked = _asked(request.answers, data, turn, reference.dims.vocab)
+        asked, end = _asked(request, data, reference.dims.vocab)
         less = "lower --micro-batch or --length, or free the GPU of other work"
         try:
             with gpu_memory_errors(f"--device {device}", hint=less):
@@ -109,10 +108,15 @@ def schedule(sides: tuple[Side, Side]) -> list[tuple[Side, str]]:
     return order + [(side, block) for side in sides if side.no_draft is None for block in ("embed", "head", DRAFT)]
 
 
-def _asked(request: AnswersRequest, data: CalibrationData, turn: list[int], vocab: int) -> list[Answer]:
-    if request.file is not None:
-        return read_answers(request.file, request.tokens, vocab)
-    return prompts_of(data.batches, request, turn)
+def _asked(request: EvaluationRequest, data: CalibrationData, vocab: int) -> tuple[list[Answer], int]:
+    """Prompts that are to be answered, and the id that ends an answer."""
+    answers = request.answers
+    if not answers.wanted:
+        return [], 0
+    turn, end = turn_ids(request.reference)
+    if answers.file is not None:
+        return read_answers(answers.file, answers.tokens, vocab), end
+    return prompts_of(data.batches, answers, turn), end
 
 
 def _measure(

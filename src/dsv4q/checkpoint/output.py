@@ -116,17 +116,25 @@ def finished_report(out: Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) and isinstance(report.get("identity"), dict) else None
 
 
-def require_finished(path: Path) -> None:
+def require_finished(path: Path, *, indexed: bool = False) -> None:
     """Refuse a folder in which a run of ours has not finished.
+
+    Args:
+        indexed: an index is wanted too, which a run writes last; small checkpoints of others may lack one.
 
     Raises:
         OutputError: it has not.
     """
     if (path / WORK).is_dir():
-        raise OutputError(
-            "The artifact is not finished",
-            where=path,
-            expected=f"{INDEX}, which a run writes last",
-            found=WORK,
-            hint="finish it with the command that began it",
-        )
+        found = WORK
+    elif indexed and path.is_dir() and not (path / INDEX).is_file():
+        found = f"no {INDEX}"
+    else:
+        return
+    raise OutputError(
+        "The artifact is not finished",
+        where=path,
+        expected=f"{INDEX}, which a run writes last",
+        found=found,
+        hint="finish it with the command that began it",
+    )

@@ -62,7 +62,8 @@ def compat(
 
     console = console_of(as_json, quiet, is_first_rank)
     facts = read_facts(artifact)
-    console.data(compat_json(facts, artifact))
-    show_compat(facts, artifact, console)
-    if not is_loaded(rows_of(facts)):
+    rows = rows_of(facts)
+    console.data(compat_json(facts, rows, artifact))
+    show_compat(facts, rows, artifact, console)
+    if not is_loaded(rows):
         raise typer.Exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,11 @@ from dsv4q.cli.options import ConfigFile, GpuMemory, Json, Quiet, Resume
 from dsv4q.console import console_of, human_bytes
 from dsv4q.errors import Dsv4qError, UsageError, command
 from dsv4q.host import free_bytes, is_first_rank
+
+if TYPE_CHECKING:
+    from dsv4q.engines.compat import Row
+    from dsv4q.export.plan import ExportPlan
+    from dsv4q.plan.plan import Plan
 
 
 def toy(
@@ -89,10 +94,8 @@ def plan(
     Names every problem that can be found without reading a tensor. Exit code 1 if there is one.
     """
     from dsv4q.config import load_config
-    from dsv4q.engines.compat import rows_of
     from dsv4q.engines.show import engines_line
-    from dsv4q.export.plan import ExportPlan, check_layout, plan_export
-    from dsv4q.plan.modelcard import plan_facts
+    from dsv4q.export.plan import check_layout, plan_export
     from dsv4q.plan.needs import gpu_problem
     from dsv4q.plan.plan import make_plan, with_problem
     from dsv4q.plan.work import WorkTable
@@ -113,7 +116,7 @@ def plan(
                 made = with_problem(made, error)
     made = with_problem(made, gpu_problem(made.estimate, gpu_memory))
     shares = WorkTable(made, ranks).by_rank() if ranks > 1 else []
-    rows = [] if made.problems else rows_of(plan_facts(made) if exported is None else exported.facts)
+    rows = _engines(made, exported)
     others = {
         "ranks": shares,
         "exported": None if exported is None else exported.as_dict(),
@@ -138,6 +141,14 @@ def plan(
         console.talk(f"skeleton of {len(written.shards)} sparse shards written to {skeleton}")
     if made.problems:
         raise typer.Exit(1)
+
+
+def _engines(made: Plan, exported: ExportPlan | None = None) -> list[Row]:
+    """What each engine makes of what a plan writes; nothing if the plan has problems."""
+    from dsv4q.engines.compat import rows_of
+    from dsv4q.plan.modelcard import plan_facts
+
+    return [] if made.problems else rows_of(plan_facts(made) if exported is None else exported.facts)
 
 
 def quantize(
@@ -167,9 +178,7 @@ def quantize(
     """
     from dsv4q import quantize as story
     from dsv4q.config import load_config
-    from dsv4q.engines.compat import rows_of
     from dsv4q.engines.show import engines_line
-    from dsv4q.plan.modelcard import plan_facts
     from dsv4q.report.build import show_report
     from dsv4q.report.page.write import write_missing_page
     from dsv4q.report.show import show_plan
@@ -180,7 +189,7 @@ def quantize(
     job = story.Job(source, out, parsed, device, gpu_memory, resume)
     if dry_run:
         made = story.prepare(job)
-        rows = [] if made.problems else rows_of(plan_facts(made))
+        rows = _engines(made)
         console.data(made.as_dict() | ({"engines": [row.as_dict() for row in rows]} if rows else {}))
         show_plan(made, console, gpu_memory)
         if rows:

@@ -106,18 +106,20 @@ def rows_of(facts: Facts) -> list[Row]:
     return rows
 
 
-def widths_without_kernels(engine: Mapping[str, Any], widths: Mapping[str, int]) -> list[tuple[str, str, int]]:
+def widths_without_kernels(engine: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     """Numbers of a config.json for which an engine of the table has no kernels: key, what it takes, what it is."""
     found = []
     for key, rule in engine.get("widths", {}).get("rules", {}).items():
-        width = widths.get(key)
+        width = config.get(key)
+        if type(width) is not int:
+            continue
         if isinstance(rule, list):
             words, holds = " or ".join(map(str, rule)), width in rule
         elif "most" in rule:
-            words, holds = f"at most {rule['most']}", width is not None and width <= rule["most"]
+            words, holds = f"at most {rule['most']}", width <= rule["most"]
         else:
-            words, holds = f"a multiple of {rule['multiple']}", width is not None and width % rule["multiple"] == 0
-        if width is not None and not holds:
+            words, holds = f"a multiple of {rule['multiple']}", width % rule["multiple"] == 0
+        if not holds:
             found.append((key, words, width))
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4q.console import Console
-from dsv4q.engines.compat import LOADS, WORDS, Row, hardware_of, rows_of, servings
+from dsv4q.engines.compat import LOADS, WORDS, Row, hardware_of, servings
 from dsv4q.engines.facts import Facts
 from dsv4q.layout import NO_DRAFT
 
@@ -18,9 +18,8 @@ _LAYOUTS = {
 }  # fmt: skip
 
 
-def show_compat(facts: Facts, artifact: Path, console: Console) -> None:
+def show_compat(facts: Facts, rows: Sequence[Row], artifact: Path, console: Console) -> None:
     """Engine, version, whether it loads; why, and what stands behind saying so; then hardware and command lines."""
-    rows = rows_of(facts)
     draft = "no draft" if facts.draft == NO_DRAFT else f"draft {facts.draft} with {facts.draft_experts} experts"
     console.print(
         f"{_LAYOUTS[facts.layout]}: routed experts {facts.experts}, attention {facts.attention}, {draft}"
@@ -51,9 +50,8 @@ def engines_line(rows: Sequence[Row]) -> str:
     return "; ".join(f"{row.name}: {row.word}" for row in rows)
 
 
-def compat_json(facts: Facts, artifact: Path) -> dict[str, Any]:
+def compat_json(facts: Facts, rows: Sequence[Row], artifact: Path) -> dict[str, Any]:
     """All of it, for `--json`."""
-    rows = rows_of(facts)
     hardware = hardware_of(facts, rows)
     return {
         "facts": vars(facts),

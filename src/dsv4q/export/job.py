@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsv4q.checkpoint.files import INDEX
 from dsv4q.checkpoint.output import finished_report, require_finished
 from dsv4q.checkpoint.shards import PlannedTensor, ShardPlan
 from dsv4q.checkpoint.source import Checkpoint, require_sound, scan
 from dsv4q.checkpoint.writer import Data
 from dsv4q.config import Config
-from dsv4q.errors import OutputError, SourceError, WeightError
+from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.scalars import from_bytes, reciprocal
 from dsv4q.layout import Shape
 
@@ -112,15 +111,7 @@ def open_artifact(path: Path) -> tuple[Checkpoint, dict[str, Any] | None]:
         OutputError: the run that makes it has not finished.
         SourceError: absent or damaged.
     """
-    require_finished(path)
-    if path.is_dir() and not (path / INDEX).is_file():
-        raise OutputError(
-            "The artifact is not finished",
-            where=path,
-            expected=f"{INDEX}, which a run writes last",
-            found=f"no {INDEX}",
-            hint="finish it with the command that began it, then export it",
-        )
+    require_finished(path, indexed=True)
     checkpoint = require_sound(scan(path), path)
     if not checkpoint.has_weights:
         raise SourceError("The artifact has no safetensors files", where=path, hint="give the folder of an artifact")

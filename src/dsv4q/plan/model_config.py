@@ -72,7 +72,7 @@ def rotary_problem(config: Mapping[str, Any], file: Path) -> SourceError | None:
     return SourceError(
         "config.json has a rope_scaling without all of its numbers",
         where=f"{file}: rope_scaling.{wrong[0]}",
-        expected="a number",
+        expected="a positive number",
         found=json.dumps(scaling[wrong[0]])[:200] if wrong[0] in scaling else "absent",
         hint=hint,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dsv4q.engines.compat import rows_of, serving
+from dsv4q.engines.compat import rows_of
 from dsv4q.engines.facts import Facts, facts_of
 from dsv4q.engines.show import engines_markdown, hardware_markdown, serve_markdown
 from dsv4q.layout import DRAFTS, MTP, NO_DRAFT
@@ -156,11 +156,6 @@ def _draft(form: DraftForm) -> str:
         f"{form.tokens} tokens\nat a time, and loads it with no other method. The V2 model runner, vLLM's default, is "
         "required."
     )
-
-
-def serve_command(form: DraftForm, gpus: int = 4) -> str:
-    """The `vllm serve` command for an artifact with a draft of this form."""
-    return serving("vLLM", form.kind, form.tokens, gpus).command
 
 
 def _scheme_text(scheme: Scheme) -> str:
