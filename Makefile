@@ -1,10 +1,10 @@
-# make demo   set up .venv, then quantize a tiny trained model on the CPU, verify the result and evaluate it
+# make demo   set up .venv, then quantize a tiny trained model on the CPU, verify the result, evaluate it, say how to serve it
 # make test   set up .venv, then run all tests, in two halves beside each other
 # make test-fast   set up .venv, then run only those that start no process and no whole run
 # make lint   set up .venv, then ruff (lint and format) and mypy
 # make clean  remove .venv and everything built
 #
-# MODEL=models/tiny   the checkpoint of the demo: this one, or any other small one, such as `dsv4q toy` makes
+# MODEL=models/tiny   the checkpoint of the demo: this one, or any other small one, such as `dsv4q toy --for-vllm` makes
 # PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
 # PIP_ARGS=...        extra options for every `pip install`, for example an index with CPU-only torch
 
@@ -41,6 +41,7 @@ demo: $(STAMP)
 	$(BIN)/dsv4q verify-shards $(DEMO)/artifact --source $(MODEL) --deep
 	$(BIN)/dsv4q eval $(DEMO)/artifact --reference $(MODEL) --samples 16 --device cpu --save
 	$(BIN)/dsv4q report $(DEMO)/artifact
+	$(BIN)/dsv4q compat $(DEMO)/artifact
 
 # Two processes for two cores: the halves are those of tests/slow.py. What the second one said comes last.
 test: $(STAMP)

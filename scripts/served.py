@@ -18,6 +18,7 @@ adds what an earlier call served to the tables, and does not serve it again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -122,52 +123,71 @@ def prompts(options: argparse.Namespace, texts: Sequence[Sequence[int]]) -> list
 # ------------------------------------------------------------------------------------------ engines
 
 
-def serve(options: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
-    """Run one engine in a process of its own.
+class Engines:
+    """Engines one after another, each in a process of its own; the next one imports vLLM while this one works."""
 
-    Raises:
-        subprocess.CalledProcessError: it failed, and has said why on stderr.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "job.json", Path(folder) / "result.json"
-        asked.write_text(json.dumps(job))
-        command = [*shlex.split(options.python), str(ENGINE), str(asked), str(answered)]
-        subprocess.run(command, stdout=2, check=True, env={"VLLM_LOGGING_LEVEL": "WARNING", **os.environ})
-        found: dict[str, Any] = json.loads(answered.read_text())
-    return found
+    def __init__(self, command: str) -> None:
+        self._command = [*shlex.split(command), str(ENGINE)]
+        self._next: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._next is not None:
+            self._next.communicate()  # no job: it ends
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
+        return subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=2, env=environment, text=True)
+
+    def serve(self, job: Mapping[str, Any], more: bool) -> dict[str, Any]:
+        """What the engine of this job found; `more` says that another job follows.
+
+        Raises:
+            subprocess.CalledProcessError: it failed, and has said why on stderr.
+        """
+        process = self._next or self._start()
+        self._next = self._start() if more else None
+        with tempfile.TemporaryDirectory() as folder:
+            answered = Path(folder) / "result.json"
+            process.communicate(json.dumps({**job, "result": str(answered)}) + "\n")
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, self._command)
+            found: dict[str, Any] = json.loads(answered.read_text())
+        return found
 
 
 def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Every engine of the table that did not run before; the text is read by the first one of a checkpoint."""
-    there = {engine_of(run): "nll" in run for run in before if "checkpoint" in run and "failed" not in run}
+    read = {engine_of(run): "nll" in run for run in before if "checkpoint" in run and "failed" not in run}
     checkpoints = [options.reference, *options.artifacts]
     configs = {folder: load_model_config(folder) for folder in checkpoints}
     for folder, config in configs.items():
         refuse_unbuildable(folder, config)
     texts = texts_of(options, configs[options.reference]["vocab_size"])
     asked = prompts(options, texts)
-    for gpus in options.tensor_parallel:
-        for folder in checkpoints:
-            has_read = any(read for (name, n, _), read in there.items() if (name, n) == (str(folder), gpus))
-            for tokens in options.drafts:
-                if (str(folder), gpus, tokens) in there:
-                    continue
-                job = {
-                    "model": str(folder.resolve()),
-                    "speculation": speculation(configs[folder], folder, tokens),
-                    "tensor_parallel": gpus,
-                    "eager": options.eager,
-                    "texts": [] if has_read else texts,
-                    "prompts": asked,
-                    "answer_tokens": options.answer_tokens,
-                    "at_once": options.at_once,
-                }
-                named = {"checkpoint": str(folder), "gpus": gpus, "drafted": tokens, "speculation": job["speculation"]}
-                try:
-                    yield named | serve(options, job)
-                    has_read = True
-                except subprocess.CalledProcessError as error:
-                    yield named | {"failed": error.returncode}
+    every = itertools.product(options.tensor_parallel, checkpoints, options.drafts)
+    wanted = [(gpus, folder, tokens) for gpus, folder, tokens in every if (str(folder), gpus, tokens) not in read]
+    have_read = {(name, gpus) for (name, gpus, _), has in read.items() if has}
+    with Engines(options.python) as engines_of_vllm:
+        for number, (gpus, folder, tokens) in enumerate(wanted, 1):
+            job = {
+                "model": str(folder.resolve()),
+                "speculation": speculation(configs[folder], folder, tokens),
+                "tensor_parallel": gpus,
+                "eager": options.eager,
+                "texts": [] if (str(folder), gpus) in have_read else texts,
+                "prompts": asked,
+                "answer_tokens": options.answer_tokens,
+                "at_once": options.at_once,
+            }
+            named = {"checkpoint": str(folder), "gpus": gpus, "drafted": tokens, "speculation": job["speculation"]}
+            try:
+                yield named | engines_of_vllm.serve(job, more=number < len(wanted))
+                have_read.add((str(folder), gpus))
+            except subprocess.CalledProcessError as error:
+                yield named | {"failed": error.returncode}
     yield {"prompts": asked}
 
 

@@ -1,9 +1,11 @@
 """One vLLM engine for served.py: reads texts, answers prompts, says what its counters say. Nothing of dsv4q is needed.
 
-    python scripts/served_engine.py JOB.json RESULT.json
+    python scripts/served_engine.py < JOB.json
 
-JOB has `model`, `speculation` (vLLM's speculative config or null), `tensor_parallel`, `eager`, `texts` and `prompts`
-(lists of token ids), `answer_tokens` and `at_once`. One engine a process: vLLM gives a GPU's memory back at its end.
+It imports vLLM, then reads its job, one line of JSON: so it can be started before it is needed; without a line it ends.
+A job has `result` (the file to write), `model`, `speculation` (vLLM's speculative config or null), `tensor_parallel`,
+`eager`, `texts` and `prompts` (lists of token ids), `answer_tokens` and `at_once`. One engine a process: vLLM gives a
+GPU's memory back at its end.
 """
 
 from __future__ import annotations
@@ -93,11 +95,14 @@ def read(llm: Any, texts: list[list[int]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    begin = time.perf_counter()
     import torch
-    import vllm  # before torch: it sets variables that torch reads
+    import vllm  # before torch is used: it sets variables that torch reads
 
+    line = sys.stdin.readline()
+    if not line:
+        return
+    job = json.loads(line)
+    begin = time.perf_counter()
     llm = engine(job)
     found = {"vllm": vllm.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name(0)}
     found["start_seconds"] = time.perf_counter() - begin
@@ -105,7 +110,7 @@ def main() -> None:
         found |= read(llm, job["texts"])
     if job["prompts"]:
         found |= answer(llm, job)
-    Path(sys.argv[2]).write_text(json.dumps(found))
+    Path(job["result"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

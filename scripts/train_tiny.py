@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -390,7 +391,7 @@ def make_texts(
 def command(out: Path) -> str:
     """What was typed, for the model card; where OUT lay is nobody's business."""
     words = ["OUT" if Path(word) == out else word for word in sys.argv[1:]]
-    return " ".join(["python scripts/train_tiny.py", *words])
+    return f"python scripts/train_tiny.py {shlex.join(words)}"
 
 
 def machine(device: torch.device) -> str:

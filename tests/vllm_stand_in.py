@@ -1,6 +1,6 @@
 """What served.py starts in place of Python with vLLM: writes a result as served_engine.py does, without an engine.
 
-    python tests/vllm_stand_in.py ENGINE JOB.json RESULT.json
+    python tests/vllm_stand_in.py ENGINE < JOB.json
 
 The figures are functions of the job, so that a test knows them. A folder with a file `broken` fails.
 """
@@ -11,7 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-job = json.loads(Path(sys.argv[2]).read_text())
+line = sys.stdin.readline()
+if not line:
+    sys.exit()
+job = json.loads(line)
 if (Path(job["model"]) / "broken").is_file():
     sys.exit("no kernel for this")
 tokens = 0 if job["speculation"] is None else job["speculation"]["num_speculative_tokens"]
@@ -27,4 +30,4 @@ found = {
 }
 if job["texts"]:
     found |= {"nll": sum(map(sum, job["texts"])) / 1e6, "read_tokens": sum(map(len, job["texts"]))}
-Path(sys.argv[3]).write_text(json.dumps(found))
+Path(job["result"]).write_text(json.dumps(found))
