@@ -231,6 +231,19 @@ def row_of(name: str, of: Sequence[Mapping[str, Any]], reference: Sequence[Mappi
     return cells
 
 
+def wavering(reference: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many of SOURCE's own answers a draft changes, which it should not: the noise in the table's third column."""
+    by_draft = {run["drafted"]: run["answers"] for run in reference if "failed" not in run}
+    plain = by_draft.pop(0, None)
+    if plain is None or not by_draft:
+        return []
+    parts = []
+    for tokens, answers in sorted(by_draft.items()):
+        same = sum(a == b for a, b in zip(answers, plain, strict=True))
+        parts.append(f"{same} of {len(plain)} with {tokens} drafted")
+    return [f"SOURCE's own answers that are as those without a draft: {', '.join(parts)}."]
+
+
 def show(found: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str:
     """Markdown: a table for each number of GPUs, SOURCE first, and what was said offline."""
     parts = []
@@ -249,6 +262,7 @@ def show(found: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str
         names = dict.fromkeys(run["checkpoint"] for run in here)
         rows = [row_of(name, [run for run in here if run["checkpoint"] == name], reference) for name in names]
         parts.append(f"Tensor parallel {gpus}:\n\n{table(head, rows)}")
+        parts += wavering(reference)
     rows = offline_rows(options)
     if rows:
         head = ["checkpoint", "NLL", "the text's, step 1", "own answers, 1 drafted", "2 drafted", "activations"]

@@ -95,8 +95,11 @@ def read(llm: Any, texts: list[list[int]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    import vllm  # before torch: it sets variables that torch reads
+    from vllm import LLM, SamplingParams  # noqa: F401 - vllm itself imports next to nothing before these are asked for
+
+    # isort: split
     import torch
-    import vllm  # before torch is used: it sets variables that torch reads
 
     line = sys.stdin.readline()
     if not line:

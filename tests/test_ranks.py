@@ -175,7 +175,9 @@ from dsv4q.run.ranks import ranks
 with ranks("cpu", Console()) as here:
     import llmcompressor
     here.wait_for_all()
-print("left:", [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())])
+    rank = here.share.rank
+left = [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+Path(f"left.{rank}").write_text(repr(left))
 """
 
 
@@ -184,9 +186,10 @@ def test_no_thread_of_a_group_outlives_the_ranks(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(THREADS)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*start, tmp_path / "script.py"], capture_output=True, text=True, env=environment)
+    script = [*start, tmp_path / "script.py"]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("left: []") == 2, done.stdout
+    assert [(tmp_path / f"left.{rank}").read_text() for rank in (0, 1)] == ["[]", "[]"]
 
 
 SYNCS = """

@@ -94,6 +94,19 @@ def test_only_the_first_engine_of_a_checkpoint_reads_the_text(
     assert [one.get("read_tokens") for one in found if "checkpoint" in one] == [4 * 64, None, None]
 
 
+def test_what_a_draft_changes_in_the_source_s_own_answers_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wavers = copy_of(source, tmp_path / "wavering")
+    (wavers / "wavers").touch()
+    run(monkeypatch, "--reference", wavers)
+    assert "those without a draft: 2 of 3 with 1 drafted, 2 of 3 with 2 drafted." in capsys.readouterr().out
+    run(monkeypatch, "--reference", source, "--drafts", "0,2")
+    assert "those without a draft: 3 of 3 with 2 drafted." in capsys.readouterr().out
+    run(monkeypatch, "--reference", source, "--drafts", "1,2")
+    assert "own answers that are" not in capsys.readouterr().out
+
+
 def test_prompts_are_those_that_eval_answers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "--reference", source, "--drafts", "0", "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())["runs"]
