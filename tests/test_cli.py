@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ import typer
 
 from dsv4q.__main__ import main
 from dsv4q.cli.app import app
+from dsv4q.made_up.native import native_form
+from dsv4q.made_up.toy import write_toy
 from runs import CONFIGS, finished_files
 
 TOY = str(CONFIGS / "toy.yaml")
@@ -203,7 +206,7 @@ def test_version_is_printed() -> None:
         ("bogus",),
         ("--bogus",),
         ("toy",),
-        ("plan", "source"),
+        ("plan",),
         ("quantize", "source", "--config", TOY),
         ("quantize", "source", "out", "--config", TOY, "--bogus"),
         ("quantize", "source", "out", "third", "--config", TOY),
@@ -233,6 +236,20 @@ def test_a_plan_with_problems_is_code_1_and_tells_all_of_them(folder: Path, misf
     result = cli("plan", folder / "source", "-c", misfit)
     assert result.code == 1
     assert result.err.count("error: ") >= 2 and "matches nothing" in result.err
+
+
+def test_the_line_that_a_refusal_names_lists_all_problems(tmp_path: Path) -> None:
+    source = tmp_path / "so urce"
+    write_toy(source, form=native_form())
+    index = source / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    for name in ("embed.weight", "norm.weight"):
+        del weight_map[name]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    refused = cli("dequantize", source, tmp_path / "out")
+    (line,) = re.findall(r"`dsv4q (plan [^`]*)` (?:lists them|shows) all", refused.err)
+    listed = cli(*shlex.split(line))
+    assert refused.code == listed.code == 1 and listed.err.count("error: ") >= 2
 
 
 def test_a_refused_run_is_code_1(folder: Path, tmp_path: Path) -> None:

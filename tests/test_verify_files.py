@@ -13,6 +13,8 @@ import torch
 import artifact_maker as maker
 from artifact_maker import INDEX, edit, edit_json, read
 from dsv4q.__main__ import main
+from dsv4q.made_up.native import native_form
+from dsv4q.made_up.toy import write_toy
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -213,3 +215,23 @@ def test_a_copy_that_differs_is_found_without_a_source(
     edit(artifact, {name: weight})
     code, (difference,) = judged(capsys, artifact, "--deep")
     assert (code, difference["check"], difference["tensor"]) == (3, "bytes", name)
+
+
+# ------------------------------------------------------------------------------------------------ not an artifact
+
+
+def test_a_release_in_its_own_layout_is_refused_as_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    release = tmp_path / "re lease"
+    write_toy(release, form=native_form())
+    for more in ([], ["--deep"], ["--source", str(release)]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["verify-shards", str(release), *more])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 1 and "in DeepSeek's own layout, of which artifacts are made" in said
+        assert f"`dsv4q plan '{release}'` looks it over" in said
+
+
+def test_an_artifact_that_calls_itself_a_release_is_judged(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_json(artifact, "config.json", lambda config: config.update(quantization_config={"quant_method": "fp8"}))
+    code, differences = judged(capsys, artifact)
+    assert code == 3 and differences

@@ -77,7 +77,7 @@ def configs(
 
 def plan(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder, or just a config.json.")],
-    config: ConfigFile,
+    config: ConfigFile = Path("nvfp4-fp8-mtp"),
     skeleton: Annotated[
         Path | None, typer.Option(help="Write the planned artifact here as sparse files: true headers, no data.")
     ] = None,

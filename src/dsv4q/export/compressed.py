@@ -15,7 +15,7 @@ from dsv4q.checkpoint.native import NativeCheckpoint
 from dsv4q.checkpoint.shards import PlannedTensor
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Config, config_of
-from dsv4q.errors import ConfigError, SourceError, VerificationFailed, first_problem
+from dsv4q.errors import ConfigError, SourceError, VerificationFailed, command, first_problem
 from dsv4q.export.exact import fp8_linear, nvfp4_expert
 from dsv4q.export.job import Export, Made, Parcel, reciprocal_of, require_stored, scalar
 from dsv4q.export.modelopt import RECIPE
@@ -59,7 +59,7 @@ class ToCompressed:
         self.is_pinned = check_pin(made_by, source, artifact)
         self.plan = make_plan(source, self.config)
         if self.plan.problems:
-            raise first_problem(self.plan.problems, f"`dsv4q plan {job.source}` lists them all")
+            raise first_problem(self.plan.problems, f"`{command('dsv4q', 'plan', job.source)}` lists them all")
         self.whole: dict[str, Path] = {}
         self._check_scales()
         check_witnesses(artifact, self.source, self.dims, MODELOPT)

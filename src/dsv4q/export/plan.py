@@ -164,7 +164,7 @@ def native_release(source: Checkpoint, dims: Dims) -> NativeCheckpoint:
     """
     problems: list[Dsv4qError] = [*source.problems, *compare_with_layout(source, dims)]
     if problems:
-        raise first_problem(tuple(problems), f"`{command('dsv4q', 'verify-shards', source.root)}` lists them all")
+        raise first_problem(tuple(problems), f"`{command('dsv4q', 'plan', source.root)}` lists them all")
     if not isinstance(source, NativeCheckpoint):
         raise SourceError(
             "The source is BF16, and this layout keeps all but the experts as the native release has it",

@@ -83,8 +83,8 @@ def verify(
 
     Raises:
         DeviceError: no such device.
-        SourceError: artifact or source has no config.json, or not one of a DeepSeek-V4; nothing of the source can be
-            compared.
+        SourceError: artifact or source has no config.json, or not one of a DeepSeek-V4; the artifact is a release in
+            DeepSeek's own layout; nothing of the source can be compared.
     """
     begin = time.monotonic()
     if not artifact.is_dir():
@@ -92,7 +92,7 @@ def verify(
     config, log = load_model_config(artifact), Log()
     dims = Dims.from_config(config, artifact / "config.json")
     headers = read_shards(artifact, log)
-    kind = kind_of(config, headers)
+    kind = kind_of(artifact, config, headers)
     check_files(artifact, headers, kind == QUANTIZED, log)
     check_index(headers, log)
     contract = contract_of(artifact, config, dims, headers, kind, log)

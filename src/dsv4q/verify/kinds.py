@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv4q.errors import SourceError, command
 from dsv4q.layout import Dims
 from dsv4q.verify.case import COMPRESSED, Contract
 from dsv4q.verify.files import Headers
@@ -15,16 +16,29 @@ from dsv4q.verify.modelopt_config import HF_QUANT_CONFIG
 from dsv4q.verify.result import MODELOPT, PLAIN, QUANTIZED, Log
 
 
-def kind_of(config: Mapping[str, Any], headers: Headers) -> str:
+def kind_of(artifact: Path, config: Mapping[str, Any], headers: Headers) -> str:
     """`QUANTIZED`, `MODELOPT` or `PLAIN`.
 
     Plain: no quantization_config, and no tensor that only an artifact has: one that lost its config must not pass.
+
+    Raises:
+        SourceError: it is a release in DeepSeek's own layout.
     """
     names = headers.holders.keys() | headers.index.keys()
     if is_modelopt(config, names):
         return MODELOPT
-    is_plain = config.get("quantization_config") is None and not any(name.endswith(COMPRESSED) for name in names)
-    return PLAIN if is_plain else QUANTIZED
+    if any(name.endswith(COMPRESSED) for name in names):
+        return QUANTIZED
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
+        raise SourceError(
+            "This is a checkpoint in DeepSeek's own layout, of which artifacts are made",
+            where=artifact,
+            expected="an artifact in compressed-tensors' or ModelOpt's layout, or BF16",
+            found="quant_method fp8, and no tensor that only an artifact has",
+            hint=f"`{command('dsv4q', 'plan', artifact)}` looks it over; as --source an artifact is compared with it",
+        )
+    return PLAIN if quantization is None else QUANTIZED
 
 
 def contract_of(
