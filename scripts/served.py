@@ -36,7 +36,7 @@ from bench_tables import table
 from dsv4q.checkpoint.folder import load_model_config
 from dsv4q.engines.compat import table as engines
 from dsv4q.engines.compat import widths_without_kernels
-from dsv4q.errors import Dsv4qError, SourceError
+from dsv4q.errors import DeviceError, Dsv4qError, SourceError
 from dsv4q.evaluation.answers import AnswersRequest, prompts_of
 from dsv4q.evaluation.data import DataRequest, load_data, turn_ids
 from dsv4q.layout import DSPARK, MTP, Dims
@@ -90,6 +90,24 @@ def refuse_unbuildable(folder: Path, config: Mapping[str, Any]) -> None:
             expected=", ".join(f"{key} {words}" for key, words, _ in wrong),
             found=", ".join(f"{key} {value}" for key, _, value in wrong),
             hint="models/tiny is one that it can build, and what `dsv4q toy --for-vllm` makes",
+        )
+
+
+def require_vllm(command: str) -> None:
+    """
+    Raises:
+        DeviceError: the command starts no Python that has vLLM.
+    """
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([*shlex.split(command), "-c", look], stdout=2).returncode == 0
+    except OSError:
+        found = False
+    if not found:
+        raise DeviceError(
+            "This starts no Python that has vLLM",
+            where=f"--python {shlex.quote(command)}",
+            hint="`pip install vllm` into an environment on the GPU machine, and name its Python",
         )
 
 
@@ -165,6 +183,7 @@ def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> It
     configs = {folder: load_model_config(folder) for folder in checkpoints}
     for folder, config in configs.items():
         refuse_unbuildable(folder, config)
+    require_vllm(options.python)
     texts = texts_of(options, configs[options.reference]["vocab_size"])
     asked = prompts(options, texts)
     every = itertools.product(options.tensor_parallel, checkpoints, options.drafts)

@@ -147,6 +147,16 @@ def test_widths_without_a_kernel_are_refused_by_name(tmp_path: Path, monkeypatch
         assert words in str(stopped.value)
 
 
+@pytest.mark.parametrize("command", [f"{shlex.quote(sys.executable)} -S", "no-such-python", "false"])
+def test_without_vllm_no_engine_is_started(
+    command: str, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["served.py", "--reference", str(source), *SMALL[:-1], command])
+    with pytest.raises(SystemExit, match="starts no Python that has vLLM"):
+        served.main()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("kind,tokens", [("dspark", 5), ("mtp", 2)])
 def test_the_draft_is_asked_for_by_its_kind(kind: str, tokens: int, tmp_path: Path) -> None:
     config: dict[str, Any] = with_draft(WIDTHS, kind).as_config_json()

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-line = sys.stdin.readline()
+line = "" if sys.argv[1] == "-c" else sys.stdin.readline()  # asked whether there is a vLLM
 if not line:
     sys.exit()
 job = json.loads(line)
