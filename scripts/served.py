@@ -2,7 +2,7 @@
 
     python scripts/served.py ARTIFACT... --reference SOURCE [--data FILE] [--samples 64] [--length 512]
         [--answers 64] [--answer-tokens 128] [--at-once 64] [--drafts 0,1,2] [--tensor-parallel 1] [--eager]
-        [--python "COMMAND"] [--json FILE] [--beside FILE]
+        [--gpu-memory 0.8] [--python "COMMAND"] [--json FILE] [--beside FILE]
 
 For SOURCE and each ARTIFACT: the negative log-likelihood of held-out text by vLLM's prompt log-probabilities, greedy
 answers and how many are SOURCE's own, tokens/s without a draft and with 1 and 2 tokens drafted at a time, acceptance by
@@ -59,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drafts", default="0,1,2", help="tokens drafted at a time; 0 is without a draft")
     parser.add_argument("--tensor-parallel", default="1", help="comma list of numbers of GPUs")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--gpu-memory", type=float, default=0.8, help="share of a GPU for weights and cache")
     parser.add_argument("--python", default=shlex.quote(sys.executable), help="command that runs Python with vLLM")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -196,6 +197,7 @@ def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> It
                 "speculation": speculation(configs[folder], folder, tokens),
                 "tensor_parallel": gpus,
                 "eager": options.eager,
+                "gpu_memory": options.gpu_memory,
                 "texts": [] if (str(folder), gpus) in have_read else texts,
                 "prompts": asked,
                 "answer_tokens": options.answer_tokens,

@@ -4,8 +4,8 @@
 
 It imports vLLM, then reads its job, one line of JSON: so it can be started before it is needed; without a line it ends.
 A job has `result` (the file to write), `model`, `speculation` (vLLM's speculative config or null), `tensor_parallel`,
-`eager`, `texts` and `prompts` (lists of token ids), `answer_tokens` and `at_once`. One engine a process: vLLM gives a
-GPU's memory back at its end.
+`eager`, `gpu_memory` (a share), `texts` and `prompts` (lists of token ids), `answer_tokens` and `at_once`. One engine a
+process: vLLM gives a GPU's memory back at its end.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 COUNTERS = "vllm:spec_decode_num_"
-GPU_MEMORY = 0.6
-"""Of a GPU, weights and cache: models of this script are small, and another engine may still be ending."""
 
 
 def engine(job: dict[str, Any]) -> Any:
@@ -36,7 +34,7 @@ def engine(job: dict[str, Any]) -> Any:
         max_model_len=longest,
         max_num_seqs=job["at_once"],
         max_num_batched_tokens=max(2048, longest),
-        gpu_memory_utilization=GPU_MEMORY,
+        gpu_memory_utilization=job["gpu_memory"],
         enable_prefix_caching=False,
         disable_log_stats=False,
         seed=0,
