@@ -47,9 +47,7 @@ class RoundedExperts:
         sizes = torch.bincount(by_place, minlength=len(self.w1)).tolist()
         inputs = hidden_states if self.round_input is None else self.round_input(hidden_states)
         rows = inputs[order % tokens]
-        hidden = swiglu(
-            _products(rows, self.w1, sizes), _products(rows, self.w3, sizes), self.limit, rows.new_empty(2).float()
-        )
+        hidden = swiglu(_products(rows, self.w1, sizes), _products(rows, self.w3, sizes), self.limit)
         if self.round_hidden is not None:
             hidden = self.round_hidden(hidden)
         parts = _products(hidden, self.w2, sizes).mul_(top_k_weights.T.reshape(-1)[order].unsqueeze(-1))

@@ -60,10 +60,14 @@ def in_bands(whole: Sequence[Tensor], heights: Sequence[int]) -> Iterable[Sequen
     return zip(*(part.split(rows // each) for part, each in zip(whole, heights, strict=True)), strict=True)
 
 
+@cache
+def _is_new_enough(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _for(*tensors: Tensor) -> ModuleType | None:
     """The kernels, if these tensors are ones they take: BF16 in order on an NVIDIA GPU of Ampere or newer."""
-    first = tensors[0]
-    if not first.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(first.device) < (8, 0):
+    if not tensors[0].is_cuda or not _is_new_enough(tensors[0].device):
         return None
     if not all(t.dtype is torch.bfloat16 and t.is_contiguous() for t in tensors):
         return None
@@ -192,21 +196,35 @@ def mxfp4_decode(packed: Tensor, scale: Tensor, out: Tensor) -> bool:
     return True
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor) -> Tensor:
+SWIGLU_BLOCK = 4096
+"""Elements of which one block of a GPU computes the gate, and finds the ends."""
+
+
+def swiglu_parts(elements: int) -> int:
+    """P of `swiglu` for a result of so many elements, or of fewer; a multiple of 16, so that all ends lie aligned."""
+    return -(-elements // (16 * SWIGLU_BLOCK)) * 16
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor | None = None) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit) of an expert, written into `gate`; `up` is consumed too.
 
     Args:
         gate, up: BF16 [tokens, F].
-        ends: F32 [2], receives the smallest and the largest element of the result.
+        ends: F32 [2, P] in order, receives the smallest elements of parts of the result in its first row and the
+            largest in its second, NaN where one is NaN; what it does not need stays as it is. P: `swiglu_parts`. Who
+            has many results asks for the ends of all parts of all of them at once.
 
     Source of the formula: `DeepseekV4Experts._apply_gate` of transformers, rounded to BF16 at the same places.
     """
     kernels = _for(gate, up)
     if kernels is not None:
-        found: Tensor = kernels.swiglu(gate, up, limit, ends)
+        if ends is None:
+            ends = torch.empty(2, swiglu_parts(gate.numel()), dtype=torch.float32, device=gate.device)
+        found: Tensor = kernels.swiglu(gate, up, limit, ends, SWIGLU_BLOCK)
         return found
     hidden = torch.nn.functional.silu(gate.clamp_(max=limit), inplace=True).mul_(up.clamp_(min=-limit, max=limit))
-    ends.copy_(torch.stack(torch.aminmax(hidden)))
+    if ends is not None:
+        ends[:, 0] = torch.stack(torch.aminmax(hidden))
     return hidden
 
 
@@ -225,5 +243,5 @@ def warm_up(device: torch.device) -> None:
         scales, one = torch.ones((16, 256, 16), device=device), torch.ones(16, device=device)
         for keep in (True, False):
             nvfp4_encode_measured(weight, scales, one, keep_negative_zero=keep)
-        swiglu(weight[0], weight[1], 10.0, torch.zeros(2, device=device))
+        swiglu(weight[0], weight[1], 10.0)
         torch.cuda.current_stream(device).synchronize()

@@ -6,6 +6,8 @@ BF16 is rounded where eager code stores it, and exp is CUDA's own (libdevice), a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,6 @@ NONE = 1 << 20
 """Stands for "no bound" among exponents, as in `exact.py`."""
 _GRID_BLOCK = 256
 _ENCODE_BLOCK = 128
-_SWIGLU_BLOCK = 4096
 _DECODE_BLOCK = 128
 
 
@@ -150,26 +151,28 @@ def _decode(packed, scale, out, groups, BLOCK: tl.constexpr):  # type: ignore[no
     tl.store(to, (value * factor).to(tl.bfloat16), mask=inside[:, None])
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor, block: int) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit) into `gate`, both BF16 and contiguous; returns `gate`.
 
     Args:
-        ends: F32 [2], receives the smallest and largest element of the result, NaN if one is NaN.
+        ends: as those of `kernels.swiglu`.
+        block: elements of the result of which each place of `ends` has the ends.
     """
     count = gate.numel()
-    parts = triton.cdiv(count, _SWIGLU_BLOCK)
-    found = torch.empty(2, parts, dtype=torch.float32, device=gate.device)
-    with torch.cuda.device(gate.device):
-        _swiglu[(parts,)](
-            gate, up, found, limit, count, parts, BLOCK=_SWIGLU_BLOCK, num_warps=8, enable_fp_fusion=False
-        )
-    torch.amin(found[0], dim=0, out=ends[0])
-    torch.amax(found[1], dim=0, out=ends[1])
+    parts = triton.cdiv(count, block)
+    assert ends.is_contiguous() and ends.shape[1] >= parts, f"ends {list(ends.shape)} for {count} elements"
+    with _on(gate.device):
+        _swiglu[(parts,)](gate, up, ends, limit, count, ends.shape[1], BLOCK=block, num_warps=8, enable_fp_fusion=False)
     return gate
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which kernels start on a device; to enter torch's own costs as much as to start one."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
 @triton.jit
-def _swiglu(gate, up, found, limit, count, parts, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu(gate, up, ends, limit, count, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     part = tl.program_id(0)
     at = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -184,5 +187,5 @@ def _swiglu(gate, up, found, limit, count, parts, BLOCK: tl.constexpr):  # type:
     bad = tl.sum(((number != number) & inside).to(tl.int32), axis=0) > 0
     low = tl.min(tl.where(inside, number, float("inf")), axis=0)
     high = tl.max(tl.where(inside, number, float("-inf")), axis=0)
-    tl.store(found + part, tl.where(bad, float("nan"), low))
-    tl.store(found + parts + part, tl.where(bad, float("nan"), high))
+    tl.store(ends + part, tl.where(bad, float("nan"), low))
+    tl.store(ends + width + part, tl.where(bad, float("nan"), high))

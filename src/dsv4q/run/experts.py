@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dsv4q.formats.kernels import swiglu
+from dsv4q.formats.kernels import swiglu, swiglu_parts
 from dsv4q.model.upstream import experts_forward
 from dsv4q.run.memory import ExpertMemory
 from dsv4q.run.ranks import Ranks
@@ -120,28 +120,42 @@ class BatchedExperts:
             if not self.all_tokens and not any(sizes[part]):
                 continue
             gate_up, down = (self.memory.weights(stack, part) for stack in ("gate_up", "down"))
-            for at, expert in enumerate(range(part.start, part.stop)):
-                weights = (*gate_up[at], down[at, 0])
-                self._through(weights, hidden_states, rows[expert], share[expert], ends[:, expert], out)
+            parts = swiglu_parts(len(hidden_states) * gate_up.shape[2])
+            found = _no_ends(len(gate_up), out.device)[..., None].repeat(1, 1, parts)
+            # All views of a part at once: what is left to do for each expert has to take less time than the GPU does.
+            weights = zip(gate_up[:, 0].unbind(), gate_up[:, 1].unbind(), down[:, 0].unbind(), strict=True)
+            own = (rows[part], share[part], ends[0, part].unbind(), found.unbind())
+            for of_expert in zip(weights, *own, strict=True):
+                self._through(hidden_states, *of_expert, out)
+            ends[1, part] = torch.stack([found[:, 0].amin(-1), found[:, 1].amax(-1)], dim=-1)
         self._observe(ends.to(torch.bfloat16))
         return out
 
     def _through(
-        self, weights: tuple[Tensor, ...], hidden_states: Tensor, rows: Tensor, share: Tensor, ends: Tensor, out: Tensor
+        self,
+        hidden_states: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor],
+        rows: Tensor,
+        share: Tensor,
+        input_ends: Tensor,
+        hidden_ends: Tensor,
+        out: Tensor,
     ) -> None:
         """Add what one expert (w1, w3, w2) makes of the tokens `rows` [n] with their `share` [n, 1] to `out` [N, D].
 
-        Its ends [2, 2] are written where nobody knows them yet.
+        Args:
+            input_ends: F32 [2], written where nobody knows them yet.
+            hidden_ends: F32 [2, P], see `swiglu`.
         """
         seen = hidden_states if self.all_tokens else hidden_states[rows]
         if not len(seen):
             return
         if not self.all_tokens:
-            ends[0] = torch.stack(torch.aminmax(seen)).to(torch.float32)
+            input_ends.copy_(torch.stack(torch.aminmax(seen)))
         w1, w3, w2 = weights
-        hidden = swiglu(linear(seen, w1), linear(seen, w3), self.limit, ends[1])
+        hidden = swiglu(linear(seen, w1), linear(seen, w3), self.limit, hidden_ends)
         if self.all_tokens:
-            hidden = hidden[rows]
+            hidden = hidden.index_select(0, rows)
         if len(hidden):
             out.index_add_(0, rows, linear(hidden, w2).mul_(share))
 
@@ -154,4 +168,6 @@ class BatchedExperts:
 
 def _no_ends(experts: int, device: torch.device) -> Tensor:
     """F32 [E, 2] of (inf, -inf)."""
-    return torch.tensor([float("inf"), float("-inf")], device=device).repeat(experts, 1)
+    ends = torch.full((experts, 2), float("inf"), device=device)
+    ends[:, 1] = float("-inf")
+    return ends
