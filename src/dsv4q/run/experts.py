@@ -120,8 +120,8 @@ class BatchedExperts:
             if not self.all_tokens and not any(sizes[part]):
                 continue
             gate_up, down = (self.memory.weights(stack, part) for stack in ("gate_up", "down"))
-            parts = swiglu_parts(len(hidden_states) * gate_up.shape[2])
-            found = _no_ends(len(gate_up), out.device)[..., None].repeat(1, 1, parts)
+            places = swiglu_parts(len(hidden_states) * gate_up.shape[2])
+            found = _no_ends(len(gate_up), out.device)[..., None].repeat(1, 1, places)
             # All views of a part at once: what is left to do for each expert has to take less time than the GPU does.
             weights = zip(gate_up[:, 0].unbind(), gate_up[:, 1].unbind(), down[:, 0].unbind(), strict=True)
             own = (rows[part], share[part], ends[0, part].unbind(), found.unbind())
