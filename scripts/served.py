@@ -66,6 +66,8 @@ def parse() -> argparse.Namespace:
         "--beside", type=Path, action="append", default=[], help="--json of an earlier call, for one table"
     )
     options = parser.parse_args()
+    if options.answers < 1:
+        parser.error("--answers takes at least 1: speed and acceptance are those of answers")
     for name in ("drafts", "tensor_parallel"):
         try:
             setattr(options, name, [int(n) for n in getattr(options, name).split(",")])
@@ -154,7 +156,8 @@ class Engines:
 
     def __exit__(self, *_: object) -> None:
         if self._next is not None:
-            self._next.communicate()  # no job: it ends
+            self._next.kill()
+            self._next.wait()
 
     def _start(self) -> subprocess.Popen[str]:
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
@@ -170,7 +173,12 @@ class Engines:
         self._next = self._start() if more else None
         with tempfile.TemporaryDirectory() as folder:
             answered = Path(folder) / "result.json"
-            process.communicate(json.dumps({**job, "result": str(answered)}) + "\n")
+            try:
+                process.communicate(json.dumps({**job, "result": str(answered)}) + "\n")
+            except BaseException:  # as subprocess.run does: an engine must not outlive an interrupted table
+                process.kill()
+                process.wait()
+                raise
             if process.returncode:
                 raise subprocess.CalledProcessError(process.returncode, self._command)
             found: dict[str, Any] = json.loads(answered.read_text())
@@ -179,7 +187,7 @@ class Engines:
 
 def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Every engine of the table that did not run before; the text is read by the first one of a checkpoint."""
-    read = {engine_of(run): "nll" in run for run in before if "checkpoint" in run and "failed" not in run}
+    served = {engine_of(run): "nll" in run for run in before if "checkpoint" in run and "failed" not in run}
     checkpoints = [options.reference, *options.artifacts]
     configs = {folder: load_model_config(folder) for folder in checkpoints}
     for folder, config in configs.items():
@@ -188,8 +196,8 @@ def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> It
     texts = texts_of(options, configs[options.reference]["vocab_size"])
     asked = prompts(options, texts)
     every = itertools.product(options.tensor_parallel, checkpoints, options.drafts)
-    wanted = [(gpus, folder, tokens) for gpus, folder, tokens in every if (str(folder), gpus, tokens) not in read]
-    have_read = {(name, gpus) for (name, gpus, _), has in read.items() if has}
+    wanted = [(gpus, folder, tokens) for gpus, folder, tokens in every if (str(folder), gpus, tokens) not in served]
+    have_read = {(name, gpus) for (name, gpus, _), has_read in served.items() if has_read}
     with Engines(options.python) as engines_of_vllm:
         for number, (gpus, folder, tokens) in enumerate(wanted, 1):
             job = {
@@ -232,6 +240,12 @@ def offline(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
+def equal(answers: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> str:
+    """How many answers to the same prompts are equal, in words."""
+    same = sum(a == b for a, b in zip(answers, others, strict=True))
+    return f"{same} of {len(answers)}"
+
+
 def row_of(name: str, of: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> list[object]:
     """One checkpoint on so many GPUs."""
     by_draft = {run["drafted"]: run for run in of if "failed" not in run}
@@ -239,10 +253,8 @@ def row_of(name: str, of: Sequence[Mapping[str, Any]], reference: Sequence[Mappi
     first = next((run for run in by_draft.values() if "nll" in run), {})
     # Greedy answers do not depend on the draft but for sums of another order: those of the same number are compared.
     both = min(by_draft.keys() & base.keys(), default=None)
-    pairs = [] if both is None else zip(by_draft[both]["answers"], base[both]["answers"], strict=True)
-    same = [a == b for a, b in pairs]
     cells: list[object] = [name, f"{first['nll']:.6f}" if first else "failed"]
-    cells.append(f"{sum(same)} of {len(same)}" if same else None)
+    cells.append(None if both is None else equal(by_draft[both]["answers"], base[both]["answers"]))
     for tokens in DRAFTED:
         run = by_draft.get(tokens, {})
         accepted = acceptance(run)
@@ -256,12 +268,9 @@ def wavering(reference: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many of SOURCE's own answers a draft changes, which it should not: the noise in the table's third column."""
     by_draft = {run["drafted"]: run["answers"] for run in reference if "failed" not in run}
     plain = by_draft.pop(0, None)
-    if plain is None or not by_draft:
+    if not plain or not by_draft:
         return []
-    parts = []
-    for tokens, answers in sorted(by_draft.items()):
-        same = sum(a == b for a, b in zip(answers, plain, strict=True))
-        parts.append(f"{same} of {len(plain)} with {tokens} drafted")
+    parts = [f"{equal(answers, plain)} with {tokens} drafted" for tokens, answers in sorted(by_draft.items())]
     return [f"SOURCE's own answers that are as those without a draft: {', '.join(parts)}."]
 
 

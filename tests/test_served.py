@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,30 @@ def test_without_vllm_no_engine_is_started(
     with pytest.raises(SystemExit, match="starts no Python that has vLLM"):
         served.main()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_without_answers_there_is_no_table_and_no_engine_is_started(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["served.py", "--reference", str(source), "--answers", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        served.main()
+    assert stopped.value.code == 2 and "--answers takes at least 1" in capsys.readouterr().err
+
+
+def test_an_interrupted_table_leaves_no_engine_behind(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    start = served.Engines._start
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(served.Engines, "_start", lambda self: started.append(start(self)) or started[-1])
+    monkeypatch.setattr(served, "require_vllm", lambda _command: None)
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, "--reference", source)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
 
 
 @pytest.mark.parametrize("kind,tokens", [("dspark", 5), ("mtp", 2)])
