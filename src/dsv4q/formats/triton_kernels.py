@@ -30,7 +30,7 @@ def grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lower, upper, amax = (torch.empty(shape, dtype=torch.int32, device=weight.device) for _ in range(3))
     odd = torch.zeros(1, dtype=torch.int32, device=weight.device)
     groups = lower.numel()
-    with torch.cuda.device(weight.device):
+    with _on(weight.device):
         _grid[(triton.cdiv(groups, _GRID_BLOCK),)](
             weight.view(torch.int16), lower, upper, amax, odd, groups, LIMIT=NONE, BLOCK=_GRID_BLOCK
         )
@@ -74,7 +74,7 @@ def nvfp4_encode_measured(
     parts = triton.cdiv(groups, _ENCODE_BLOCK)
     packed = torch.empty(*weight.shape[:-1], weight.shape[-1] // 2, dtype=torch.uint8, device=weight.device)
     sums = torch.empty(tensors, parts, 4, dtype=torch.float64, device=weight.device)
-    with torch.cuda.device(weight.device):
+    with _on(weight.device):
         _encode[(parts, tensors)](
             weight, block_scale, global_scale, packed, sums, groups, parts,
             KEEP=keep_negative_zero, BLOCK=_ENCODE_BLOCK, enable_fp_fusion=False,
@@ -128,7 +128,7 @@ def _encode(  # type: ignore[no-untyped-def]
 def mxfp4_decode(packed: Tensor, scale: Tensor, out: Tensor) -> None:
     """`native.decode_into` of MXFP4: U8 [..., M, N/2] and U8 [..., M, N/32] into BF16 [..., M, N]; all contiguous."""
     groups = scale.numel()
-    with torch.cuda.device(out.device):
+    with _on(out.device):
         _decode[(triton.cdiv(groups, _DECODE_BLOCK),)](
             packed, scale, out, groups, BLOCK=_DECODE_BLOCK, enable_fp_fusion=False
         )
