@@ -2,7 +2,7 @@
 
     python scripts/served.py ARTIFACT... --reference SOURCE [--data FILE] [--samples 64] [--length 512]
         [--answers 64] [--answer-tokens 128] [--at-once 64] [--drafts 0,1,2] [--tensor-parallel 1] [--eager]
-        [--gpu-memory 0.8] [--python "COMMAND"] [--json FILE] [--beside FILE]
+        [--gpu-memory 0.8] [--cache-memory BYTES] [--python "COMMAND"] [--json FILE] [--beside FILE]
 
 For SOURCE and each ARTIFACT: the negative log-likelihood of held-out text by vLLM's prompt log-probabilities, greedy
 answers and how many are SOURCE's own, tokens/s without a draft and with 1 and 2 tokens drafted at a time, acceptance by
@@ -12,7 +12,9 @@ Texts and prompts are those of `dsv4q eval --answers`: `heldout.jsonl` of SOURCE
 sample up to the assistant's first turn. `dsv4q eval ARTIFACT --reference SOURCE --answers 64 --save` writes
 ARTIFACT/eval.json, from which the offline columns are taken; without it they are absent. --python is the command that
 runs Python with vLLM, if that is another environment than the one with dsv4q. --json also has all answers. --beside
-adds what an earlier call served to the tables, and does not serve it again.
+adds what an earlier call served to the tables, and does not serve it again. With --cache-memory vLLM takes that much
+for keys and values without measuring what is free, so several calls can share a GPU, each with a small --gpu-memory;
+their tokens/s are then those of a busy GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import torch
 
 from bench_tables import table
 from dsv4q.checkpoint.folder import load_model_config
+from dsv4q.console import bytes_of
 from dsv4q.engines.compat import table as engines
 from dsv4q.engines.compat import widths_without_kernels
 from dsv4q.errors import DeviceError, Dsv4qError, SourceError
@@ -60,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", default="1", help="comma list of numbers of GPUs")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--gpu-memory", type=float, default=0.8, help="share of a GPU for weights and cache")
+    parser.add_argument("--cache-memory", type=bytes_of, help="size of the key-value cache, such as 4GB")
     parser.add_argument("--python", default=shlex.quote(sys.executable), help="command that runs Python with vLLM")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -192,11 +196,12 @@ def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> It
     configs = {folder: load_model_config(folder) for folder in checkpoints}
     for folder, config in configs.items():
         refuse_unbuildable(folder, config)
-    require_vllm(options.python)
     texts = texts_of(options, configs[options.reference]["vocab_size"])
     asked = prompts(options, texts)
     every = itertools.product(options.tensor_parallel, checkpoints, options.drafts)
     wanted = [(gpus, folder, tokens) for gpus, folder, tokens in every if (str(folder), gpus, tokens) not in served]
+    if wanted:
+        require_vllm(options.python)
     have_read = {(name, gpus) for (name, gpus, _), has_read in served.items() if has_read}
     with Engines(options.python) as engines_of_vllm:
         for number, (gpus, folder, tokens) in enumerate(wanted, 1):
@@ -206,6 +211,7 @@ def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> It
                 "tensor_parallel": gpus,
                 "eager": options.eager,
                 "gpu_memory": options.gpu_memory,
+                "cache_memory": options.cache_memory,
                 "texts": [] if (str(folder), gpus) in have_read else texts,
                 "prompts": asked,
                 "answer_tokens": options.answer_tokens,

@@ -4,8 +4,8 @@
 
 It imports vLLM, then reads its job, one line of JSON: so it can be started before it is needed; without a line it ends.
 A job has `result` (the file to write), `model`, `speculation` (vLLM's speculative config or null), `tensor_parallel`,
-`eager`, `gpu_memory` (a share), `texts` and `prompts` (lists of token ids), `answer_tokens` and `at_once`. One engine a
-process: vLLM gives a GPU's memory back at its end.
+`eager`, `gpu_memory` (a share), `cache_memory` (bytes or null: what the share leaves), `texts` and `prompts` (lists of
+token ids), `answer_tokens` and `at_once`. One engine a process: vLLM gives a GPU's memory back at its end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 COUNTERS = "vllm:spec_decode_num_"
+TIMES = 5
+"""How often the prompts are answered after the first call: the fastest time counts, the first answers."""
 
 
 def engine(job: dict[str, Any]) -> Any:
@@ -35,6 +37,7 @@ def engine(job: dict[str, Any]) -> Any:
         max_num_seqs=job["at_once"],
         max_num_batched_tokens=max(2048, longest),
         gpu_memory_utilization=job["gpu_memory"],
+        kv_cache_memory_bytes=job["cache_memory"],
         enable_prefix_caching=False,
         disable_log_stats=False,
         seed=0,
@@ -60,22 +63,24 @@ def less(now: Any, before: Any) -> Any:
 
 
 def answer(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Greedy answers, their speed, and what became of the draft's tokens. The first call, uncounted, compiles."""
+    """Greedy answers, what became of the draft's tokens, and the best speed. The first call, uncounted, compiles."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=job["answer_tokens"], detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     llm.generate(prompts, params, use_tqdm=False)
-    before, begin = counters(llm), time.perf_counter()
-    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
-    seconds = time.perf_counter() - begin
-    return {
-        "seconds": seconds,
-        "tokens": sum(len(output.token_ids) for output in outputs),
-        "answers": [list(output.token_ids) for output in outputs],
-        "cut_off": sum(output.finish_reason == "length" for output in outputs),
-        "counters": {name: less(value, before.get(name)) for name, value in counters(llm).items()},
-    }
+    found: dict[str, Any] = {}
+    for _ in range(TIMES):
+        before, begin = counters(llm), time.perf_counter()
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        seconds = time.perf_counter() - begin
+        if "seconds" not in found or seconds < found["seconds"]:
+            found |= {"seconds": seconds, "tokens": sum(len(output.token_ids) for output in outputs)}
+        found.setdefault("every_time", []).append(seconds)
+        found.setdefault("answers", [list(output.token_ids) for output in outputs])
+        found.setdefault("cut_off", sum(output.finish_reason == "length" for output in outputs))
+        found.setdefault("counters", {name: less(value, before.get(name)) for name, value in counters(llm).items()})
+    return found
 
 
 def read(llm: Any, texts: list[list[int]]) -> dict[str, Any]:
