@@ -240,6 +240,17 @@ def test_hardware_and_command_lines_are_of_engines_in_the_table() -> None:
         assert row.get("when", {}).keys() <= get_type_hints(Facts).keys()
 
 
+def test_a_line_says_whether_a_server_was_started_with_it() -> None:
+    assert serving("vLLM", "mtp", 2, 1).evidence.startswith("run: ")
+    for engine, draft in (("vLLM", "dspark"), ("vLLM", "none"), ("SGLang", "mtp")):
+        assert serving(engine, draft, 2, 1).evidence.endswith("it was not run")
+
+
+def test_a_line_that_was_run_is_of_a_kind_of_draft_that_has_one() -> None:
+    for entry in table()["serve"]:
+        assert entry.get("run", {}).keys() <= entry["draft"].keys()
+
+
 def test_no_rule_is_hidden_by_one_before_it() -> None:
     def words_of(value: object) -> set[object]:
         return set(value) if isinstance(value, list) else {value}
@@ -349,7 +360,7 @@ def test_a_model_card_has_each_verdict_and_each_command_line(tmp_path: Path, mod
     for row in rows:
         assert f"| {row.name} | {row.word} | {row.reasons} | {row.evidence} |" in card
     for one in servings(facts, rows):
-        assert one.command in card and f"{one.name}; the options were {one.known}" in card
+        assert one.command in card and f"{one.name} ({one.evidence})" in card
     assert ("sglang" in card) == (layout == "modelopt")
     for one in hardware_of(facts, rows).rows:
         assert f"| SM {one['sm']} | {one['name']} {one['version']} | {one['experts']} |" in card

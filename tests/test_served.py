@@ -87,6 +87,29 @@ def test_an_earlier_call_stands_in_the_same_table(
     assert part.endswith("| 3 of 3 |  | 75.00 % | 667 |  |  |")
 
 
+def test_a_table_that_is_all_there_needs_no_vllm(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tmp_path / "found.json"
+    run(monkeypatch, "--reference", source, "--json", found)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(
+        sys, "argv", ["served.py", "--reference", str(source), "--beside", str(found), *SMALL[:-2], "--python", "false"]
+    )
+    served.main()
+    assert capsys.readouterr().out == first
+
+
+def test_engines_that_share_a_gpu_are_told_how_much_of_it_is_theirs(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Any] = []
+    real = served.Engines.serve
+    monkeypatch.setattr(served.Engines, "serve", lambda self, job, more: jobs.append(job) or real(self, job, more))
+    run(monkeypatch, "--reference", source, "--drafts", "0,1", "--gpu-memory", "0.25", "--cache-memory", "4GiB")
+    assert [(job["gpu_memory"], job["cache_memory"]) for job in jobs] == [(0.25, 4 << 30)] * 2
+
+
 def test_only_the_first_engine_of_a_checkpoint_reads_the_text(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

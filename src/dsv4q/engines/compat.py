@@ -156,11 +156,19 @@ class Serving:
     version: str
     command: str
     known: str
+    """`run`, a server was started so; or `read`."""
     source: str
 
     @property
     def name(self) -> str:
         return f"{self.engine} {self.version}"
+
+    @property
+    def evidence(self) -> str:
+        """What stands behind the command, in words."""
+        if self.known == "run":
+            return f"run: {self.source}"
+        return f"its options were read in {self.source}; it was not run"
 
 
 def serving(engine: str, draft: str, tokens: int, gpus: int) -> Serving:
@@ -176,7 +184,9 @@ def serving(engine: str, draft: str, tokens: int, gpus: int) -> Serving:
     text = " \\\n  ".join(line for line in lines if line)
     for key, number in numbers.items():
         text = text.replace(f"{{{key}}}", str(number))
-    return Serving(engine, str(entry["version"]), text, entry["known"], entry["source"])
+    run = entry.get("run", {}).get(draft)
+    known, source = (entry["known"], entry["source"]) if run is None else ("run", run)
+    return Serving(engine, str(entry["version"]), text, known, source)
 
 
 def servings(facts: Facts, rows: Sequence[Row]) -> list[Serving]:

@@ -38,7 +38,7 @@ def show_compat(facts: Facts, rows: Sequence[Row], artifact: Path, console: Cons
         told = "{experts} ({known}: {source})".format(**gpu)
         console.print("{name} {version}, SM {sm}: ".format(**gpu) + told)
     for one in servings(facts, rows):
-        console.print(f"{one.name} ({one.known}, not run):\n  {_with_path(one.command, artifact)}")
+        console.print(f"{one.name} ({one.evidence}):\n  {_with_path(one.command, artifact)}")
 
 
 def _with_path(serve: str, artifact: Path) -> str:
@@ -90,8 +90,5 @@ def hardware_markdown(facts: Facts, rows: Sequence[Row]) -> str:
 
 def serve_markdown(facts: Facts, rows: Sequence[Row]) -> str:
     """The command lines for a model card, each with what stands behind it."""
-    found = [
-        f"{one.name}; the options were {one.known} in {one.source}, this line was not run:\n\n```\n{one.command}\n```"
-        for one in servings(facts, rows)
-    ]
+    found = [f"{one.name} ({one.evidence}):\n\n```\n{one.command}\n```" for one in servings(facts, rows)]
     return "\n\n".join(found) or "No engine of the table below is known to load this artifact."
