@@ -125,6 +125,8 @@ def nvfp4_scales(weight: Tensor) -> Nvfp4Scales:
         raise ValueError(f"NVFP4 needs columns in multiples of {NVFP4_GROUP}, not {weight.shape[-1]}")
     step = max(1, _CHUNK[weight.device.type] // max(1, weight[0].numel()))
     parts = [_nvfp4_scales(part) for part in torch.split(weight, step)]
+    if len(parts) == 1:
+        return parts[0]
     return Nvfp4Scales(
         torch.cat([p.block_scale for p in parts]),
         torch.cat([p.global_scale for p in parts]),
@@ -134,8 +136,6 @@ def nvfp4_scales(weight: Tensor) -> Nvfp4Scales:
 
 def _nvfp4_scales(weight: Tensor) -> Nvfp4Scales:
     grid = nvfp4_grid(weight)
-    if not bool(torch.isfinite(grid.amax).all()):
-        raise ValueError("NVFP4 cannot store NaN or Inf")
     exponent = _global_exponent(grid)
     low = WINDOW[0] - exponent.reshape(-1, 1, 1, 1)
     high = WINDOW[1] - exponent.reshape(-1, 1, 1, 1)
@@ -145,7 +145,11 @@ def _nvfp4_scales(weight: Tensor) -> Nvfp4Scales:
     scale = _power_of_two(torch.where(exact, k - low + WINDOW[0], 0))
     scale = torch.where(zeros, 1.0, scale)
     global_scale = _power_of_two(exponent)
-    if not bool(exact.all()):
+    # Asked together: a GPU that is asked has nothing to do until the answer is here.
+    finite, all_exact = torch.stack([torch.isfinite(grid.amax).all(), exact.all()]).tolist()
+    if not finite:
+        raise ValueError("NVFP4 cannot store NaN or Inf")
+    if not all_exact:
         found = _search(weight, grid.amax, global_scale.reshape(-1, 1, 1, 1), ~exact)
         scale[~exact] = found
     return Nvfp4Scales(scale, global_scale.reshape(-1, 1), exact.sum(dim=(-2, -1)))

@@ -172,7 +172,8 @@ def doubtful(weight: Tensor, scale: Tensor, largest: float = math.inf) -> Tensor
     """Which of T weights need a closer look, as far as exponents tell; Bool [T].
 
     None of the others holds what BF16 does not, which `mxfp4_to_bf16` and `fp8_to_bf16` refuse, or a magnitude above
-    `largest`, or nothing but zeros. Arguments as of `decode_into`; waits for no device.
+    `largest`, or nothing but zeros. Arguments as of `decode_into`; of MXFP4 it waits for the device, if `largest` is
+    finite.
     """
     is_fp8 = weight.dtype == torch.float8_e4m3fn
     codes, (low, high) = _codes(scale), _SAFE_FP8 if is_fp8 else _SAFE_MXFP4
@@ -198,13 +199,11 @@ def _any_loud(packed: Tensor, loud: Tensor) -> Tensor:
     found = loud.flatten(1).any(dim=1)
     if packed.shape[-1] * 2 % MXFP4_GROUP:
         return found
-    step = max(1, _TOGETHER[packed.device.type] // packed[0].numel())
-    for start in range(0, len(packed), step):
-        some = slice(start, start + step)
-        if packed.is_cuda or bool(found[some].any()):  # to ask a GPU would be to wait for it
-            values = packed[some].view(torch.uint8) & 0x77
-            there = values.unflatten(-1, (-1, MXFP4_GROUP // 2)).amax(dim=-1) > 0
-            found[some] = (there & loud[some]).flatten(1).any(dim=1)
+    # As a rule there are none. To look at all values instead of waiting for that took a GPU 30 ms a layer.
+    for at in found.nonzero().flatten().tolist():
+        values = packed[at].view(torch.uint8) & 0x77
+        there = values.unflatten(-1, (-1, MXFP4_GROUP // 2)).amax(dim=-1) > 0
+        found[at] = (there & loud[at]).any()
     return found
 
 

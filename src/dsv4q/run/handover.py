@@ -9,7 +9,7 @@ import torch
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.writer import BackgroundWriter
 from dsv4q.formats.dtypes import tensor_bytes
-from dsv4q.run.linears import EncodedLinears, PlannedLinear
+from dsv4q.run.linears import EncodedLinears, PlannedLinear, check_scales, unusable_scales
 
 _PENDING = 4
 """Pieces of work that may wait; each holds the encoded form of some hundred million weights."""
@@ -35,15 +35,21 @@ class Handover(Behind):
         encoded: EncodedLinears,
         look: Callable[[Mapping[str, torch.Tensor], torch.Tensor], None],
     ) -> None:
-        """Write the stored tensors of linears; `look` sees them and the sums on the host first, and may raise."""
+        """Write the stored tensors of linears; `look` sees them and the sums on the host first.
+
+        Raises (from a later call, or at the end of the context):
+            CalibrationError: a scale that no consumer can use.
+        """
+        unusable, sums = self._to_host(unusable_scales(encoded.stored)), self._to_host(encoded.sums)
         host = {name: self._to_host(value) for name, value in encoded.stored.items()}
-        sums = self._to_host(encoded.sums)
         done = self._stream.record_event() if self._stream is not None else None
         linears = encoded.linears
 
         def write() -> None:
             if done is not None:
                 done.synchronize()
+            if bool(unusable.any()):
+                check_scales(linears, host)
             look(host, sums)
             # One view of the bytes of all linears: a tensor operation for each would hold up the caller's Python.
             whole = {name: tensor_bytes(value) for name, value in host.items()}

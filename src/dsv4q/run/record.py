@@ -13,7 +13,7 @@ import torch
 from dsv4q.formats.error import Errors
 from dsv4q.formats.lost import MOST_LOST, zero_shares
 from dsv4q.plan.work import RankWork
-from dsv4q.run.linears import GLOBAL_SCALES, EncodedLinears, PlannedLinear, check_scales
+from dsv4q.run.linears import GLOBAL_SCALES, EncodedLinears, PlannedLinear
 
 
 @dataclass
@@ -32,13 +32,8 @@ class BlockRecord:
     """Weight -> share of its elements that are zero now and were not, where that is most of them."""
 
     def note(self, encoded: EncodedLinears, stored: Mapping[str, torch.Tensor], sums: torch.Tensor) -> None:
-        """Remember linears whose stored tensors and error sums are on the host now.
-
-        Raises:
-            CalibrationError: a scale that no consumer can use.
-        """
+        """Remember linears whose stored tensors and error sums are on the host now."""
         linears = encoded.linears
-        check_scales(linears, stored)
         for suffix in (name for name in GLOBAL_SCALES if name in stored):
             for linear, value in zip(linears, stored[suffix].flatten().tolist(), strict=True):
                 self.scales[f"{linear.projection}.{suffix}"].append(value)
