@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsv4q.formats import kernels
 from dsv4q.formats.compare import error_sums
+from dsv4q.formats.convert import bf16_to_nvfp4
 from dsv4q.formats.encode import nvfp4_decode, nvfp4_encode
 from dsv4q.formats.exact import nvfp4_grid, nvfp4_scales, round_e2m1
 from dsv4q.formats.native import decode_into, fp8_to_bf16, mxfp4_to_bf16
@@ -76,6 +77,36 @@ def test_the_gpu_encodes_and_measures_as_eager_code_does(kind: str, keep: bool) 
 
 
 @gpu
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("spread", [0, 2, 12])
+def test_the_gpu_stores_exact_weights_at_once_as_scales_and_codes_one_by_one_do(shared: int, spread: int) -> None:
+    weight = weights("grid", "cuda").to(torch.float32).unflatten(-1, (-1, 32))
+    moved = torch.exp2(torch.randint(-spread, spread + 1, (*weight.shape[:-1], 1), device="cuda").to(torch.float32))
+    weight = (weight * moved).flatten(-2).to(torch.bfloat16).reshape(-1, shared, 256, 512)
+    weight[0, :, :3] = -0.0
+    straight, scales = bf16_to_nvfp4(weight), nvfp4_scales(weight)
+    assert straight is not None
+    exact = (scales.exact_blocks == weight[0, 0].numel() // 16).all(dim=1)
+    assert torch.equal(straight.exact, exact) and bool(exact.all() if spread < 12 else not exact.all())
+    each = scales.global_scale.expand(-1, shared).reshape(-1)
+    codes = nvfp4_encode(weight.flatten(0, 1), scales.block_scale.flatten(0, 1), each, keep_negative_zero=True)
+    sums = error_sums(weight.flatten(0, 1), nvfp4_decode(codes, scales.block_scale.flatten(0, 1), each))
+    assert torch.equal(straight.global_scale[exact], scales.global_scale[exact])
+    assert torch.equal(straight.block_scale[exact].to(torch.float32), scales.block_scale[exact])
+    assert torch.equal(straight.packed[exact], codes.view(straight.packed.shape)[exact])
+    torch.testing.assert_close(straight.sums[exact], sums.view(straight.sums.shape)[exact], rtol=1e-12, atol=0)
+
+
+@gpu
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 1e-39, 1.1])
+def test_the_gpu_leaves_a_weight_with_one_value_off_the_grid_to_the_ordinary_way(odd: float) -> None:
+    weight = weights("grid", "cuda")
+    weight[1, 1, 200, 300] = odd
+    straight = bf16_to_nvfp4(weight)
+    assert straight is not None and straight.exact.tolist() == [True, False, True]
+
+
+@gpu
 @pytest.mark.parametrize("spread", [1.0, 4.0, 30.0])
 def test_the_gpu_computes_the_gate_as_eager_code_does(spread: float) -> None:
     gate, up = (torch.randn(700, 2048, device="cuda").mul(spread).to(torch.bfloat16) for _ in range(2))
@@ -125,9 +156,11 @@ def test_a_run_compiles_nothing_more_once_the_kernels_are_warm() -> None:
     kernels.warm_up(torch.device("cuda"))
     ours = kernels._triton()
     assert ours is not None
-    every = [ours._decode, ours._grid, ours._encode, ours._swiglu]
+    every = [ours._decode, ours._grid, ours._top, ours._exact, ours._encode, ours._swiglu]
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in every]
     weight = torch.randn((2, 2048, 4096), device="cuda").to(torch.bfloat16)
+    for together in (weight[:, None], weight[None]):
+        assert bf16_to_nvfp4(together) is not None
     exact = nvfp4_scales(weight[:, None])
     kernels.nvfp4_encode_measured(
         weight, exact.block_scale[:, 0], exact.global_scale.flatten(), keep_negative_zero=True

@@ -1,4 +1,4 @@
-"""DeepSeek's own formats straight to the artifact's, without a number in between: MXFP4 to NVFP4, FP8 to FP8.
+"""Straight to the artifact's formats where nothing is rounded: of DeepSeek's own on a CPU, of BF16 on a GPU.
 
 What comes out are the bytes that decoding to BF16, `exact.nvfp4_scales` and `kernels.nvfp4_encode_measured` give, or
 `exact.fp8_block_scales` and `encode.fp8_block_encode`; where that way would round, or is the only one that is sure, it
@@ -36,9 +36,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4q.formats.encode import E4M3_MAX, FP8_BLOCK, NVFP4_GROUP
-from dsv4q.formats.exact import WINDOW
-from dsv4q.formats.kernels import cpu_kernels
+from dsv4q.formats.encode import E4M3_MAX, FP8_BLOCK, NVFP4_GROUP, WINDOW
+from dsv4q.formats.exact import power_of_two
+from dsv4q.formats.kernels import cpu_kernels, nvfp4_exact
 from dsv4q.formats.native import E8M0_BIAS, E8M0_NAN, MXFP4_GROUP
 
 Words = np.ndarray[Any, np.dtype[np.uint64]]
@@ -136,6 +136,20 @@ def mxfp4_to_nvfp4(packed: Tensor, scale: Tensor, each: Each = map) -> Nvfp4:
 
     list(each(convert, range(count)))
     return replace(found, block_scale=found.block_scale.view(torch.float8_e4m3fn))
+
+
+def bf16_to_nvfp4(weight: Tensor) -> Nvfp4 | None:
+    """T x P weights on a GPU that are exact, BF16 [T, P, M, N]; the P of one T share a global scale.
+
+    Waits for no device. None: there is no kernel for it here, so the ordinary way has to take them all.
+    """
+    found = nvfp4_exact(weight)
+    if found is None:
+        return None
+    packed, scale, exponent, squares, failed = found
+    sums = torch.zeros((*squares.shape, 4), dtype=torch.float64, device=weight.device)
+    sums[..., 0], sums[..., 2] = 1.0, squares
+    return Nvfp4(failed == 0, packed, scale.view(torch.float8_e4m3fn), power_of_two(exponent).reshape(-1, 1), sums)
 
 
 class _Mxfp4(ABC):

@@ -34,6 +34,8 @@ E2M1_MAX = 6.0
 TILE = 1 << 18
 """Elements that a CPU works on at once: some twenty passes go over them, and their temporaries fit its cache."""
 E4M3_MAX = 448.0
+WINDOW = (-9, 8)
+"""Exponents of the powers of two that E4M3 has."""
 
 
 @torch.no_grad()

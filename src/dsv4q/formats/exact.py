@@ -27,11 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, FP8_BLOCK, NVFP4_GROUP, TILE
+from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, FP8_BLOCK, NVFP4_GROUP, TILE, WINDOW
 from dsv4q.formats.kernels import nvfp4_grid_bits
 
-WINDOW = (-9, 8)
-"""Exponents of the powers of two that E4M3 has."""
 SEARCH = (-3, 8)
 """Offsets in E4M3 codes around amax/6; eight codes are a factor of two."""
 _NONE = 1 << 20
@@ -142,9 +140,9 @@ def _nvfp4_scales(weight: Tensor) -> Nvfp4Scales:
     k = torch.maximum(grid.lower, low)
     exact = (k <= torch.minimum(grid.upper, high)) & (grid.lower <= grid.upper)
     zeros = grid.amax == 0
-    scale = _power_of_two(torch.where(exact, k - low + WINDOW[0], 0))
+    scale = power_of_two(torch.where(exact, k - low + WINDOW[0], 0))
     scale = torch.where(zeros, 1.0, scale)
-    global_scale = _power_of_two(exponent)
+    global_scale = power_of_two(exponent)
     # Asked together: a GPU that is asked has nothing to do until the answer is here.
     finite, all_exact = torch.stack([torch.isfinite(grid.amax).all(), exact.all()]).tolist()
     if not finite:
@@ -184,7 +182,7 @@ def _best_scale(blocks: Tensor, divisor: Tensor, amax: Tensor) -> Tensor:
     start = ideal.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
     # Errors are compared in units of the block's own binade, or their squares would leave F32's range.
     _, binade = torch.frexp(amax)
-    unit_of_error = _power_of_two((-binade).clamp(-126, 127)).unsqueeze(-1)
+    unit_of_error = power_of_two((-binade).clamp(-126, 127)).unsqueeze(-1)
     best = torch.full_like(ideal, torch.inf)
     scale = torch.ones_like(ideal)
     for offset in range(SEARCH[0], SEARCH[1] + 1):
@@ -203,7 +201,7 @@ def _groups(weight: Tensor) -> Tensor:
     return weight.reshape(*weight.shape[:-1], -1, NVFP4_GROUP)
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """F32 2^exponent for I32 exponents in [-126, 127], made of its bits: exact on every device."""
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
@@ -235,4 +233,4 @@ def fp8_block_scales(weight: Tensor) -> Tensor:
     # 448 = 0.875 * 2^9, so amax / 448 <= 2^k from k = e - 9 on if amax's fraction is at most 0.875, else one later.
     fraction, exponent = torch.frexp(amax)
     k = exponent - 9 + (fraction > 0.875).to(torch.int32)
-    return torch.where(amax == 0, 1.0, _power_of_two(k.clamp(-126, 127)))
+    return torch.where(amax == 0, 1.0, power_of_two(k.clamp(-126, 127)))

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from dsv4q.formats.compare import error_sums
-from dsv4q.formats.encode import FP8_BLOCK, TILE, fp8_block_decode, fp8_block_encode, nvfp4_decode, nvfp4_encode
+from dsv4q.formats.encode import (
+    FP8_BLOCK,
+    TILE,
+    WINDOW,
+    fp8_block_decode,
+    fp8_block_encode,
+    nvfp4_decode,
+    nvfp4_encode,
+)
 
 
 @cache
@@ -81,6 +89,26 @@ def nvfp4_grid_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     lower, upper, amax, odd = kernels.grid(weight)
     return None if int(odd) else (lower, upper, amax)
+
+
+@torch.no_grad()
+def nvfp4_exact(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """Of weights all of whose blocks are on the grid, everything at once; None where eager code has to do it.
+
+    Args:
+        weight: BF16 [T, P, M, N], N a multiple of 16; the P of one T share a global scale.
+
+    Returns:
+        U8 [T, P, M, N/2]; block scales as E4M3 codes, U8 [T, P, M, N/16]; exponents of the global scales, I32 [T]; sums
+        of the squares of all values, F64 [T, P]; and I32 [T], above zero where a block is off the grid or out of the
+        window, or a value subnormal or no number: then the others are not valid. The bytes are those of
+        `exact.nvfp4_scales` and `encode.nvfp4_encode`, zeros keep their sign.
+    """
+    kernels = _for(weight)
+    if kernels is None:
+        return None
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.nvfp4_exact(weight, *WINDOW)
+    return found
 
 
 @torch.no_grad()
@@ -241,6 +269,8 @@ def warm_up(device: torch.device) -> None:
         mxfp4_decode(packed, scale, torch.empty_like(weight))
         nvfp4_grid_bits(weight)
         scales, one = torch.ones((16, 256, 16), device=device), torch.ones(16, device=device)
+        for shared in (1, 2):
+            nvfp4_exact(weight.unflatten(0, (-1, shared)))
         for keep in (True, False):
             nvfp4_encode_measured(weight, scales, one, keep_negative_zero=keep)
         swiglu(weight[0], weight[1], 10.0)

@@ -57,6 +57,85 @@ def _grid(weight, lower, upper, amax, odd, groups, LIMIT: tl.constexpr, BLOCK: t
         tl.atomic_max(odd, 1)
 
 
+def nvfp4_exact(weight: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`exact.nvfp4_scales` and `encode.nvfp4_encode` of weights all of whose blocks are on the grid, in two passes.
+
+    Args:
+        weight: as that of `kernels.nvfp4_exact`, which says what is returned; contiguous.
+        low, high: exponents of the smallest and the largest power of two that E4M3 has.
+    """
+    count, shared = weight.shape[:2]
+    packed, scale = (
+        torch.empty((*weight.shape[:-1], weight.shape[-1] // n), dtype=torch.uint8, device=weight.device)
+        for n in (2, 16)
+    )
+    groups = weight[0, 0].numel() // 16
+    parts = triton.cdiv(groups, _ENCODE_BLOCK)
+    squares = torch.empty((count, shared, parts), dtype=torch.float64, device=weight.device)
+    top, failed = (torch.zeros(count, dtype=torch.int32, device=weight.device) for _ in range(2))
+    bits = weight.view(torch.int16)
+    with _on(weight.device):
+        _top[(triton.cdiv(groups * shared, _GRID_BLOCK), count)](bits, top, failed, groups * shared, BLOCK=_GRID_BLOCK)
+        # `top` counts from 1, the exponent field of the smallest number: 0 stands for zeros alone.
+        exponent = torch.where(top == 0, 0, high + 129 - top).clamp_(-126, 127).to(torch.int32)
+        _exact[(parts, count * shared)](
+            bits, exponent, packed, scale, squares, failed, groups, parts, shared,
+            LOW=low, HIGH=high, BLOCK=_ENCODE_BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    return packed, scale, exponent, squares.sum(dim=-1), failed
+
+
+@triton.jit
+def _top(bits, top, failed, groups, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    tensor = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < groups
+    at = (tensor * groups + row)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    size = tl.load(bits + at, mask=inside[:, None], other=0).to(tl.int32) & 0x7FFF
+    off = ((size & 0x3F) > 0) | ((size > 0) & (size < 0x80)) | (size >= 0x7F80)
+    tl.atomic_max(top + tensor, tl.max(tl.max(size >> 7, axis=1), axis=0))
+    if tl.max(tl.max(off.to(tl.int32), axis=1), axis=0) > 0:
+        tl.atomic_max(failed + tensor, 1)
+
+
+@triton.jit
+def _exact(  # type: ignore[no-untyped-def]
+    bits, exponents, packed, scale, squares, failed, groups, parts, shared,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    tensor = tl.program_id(1).to(tl.int64)
+    row = part * BLOCK + tl.arange(0, BLOCK)
+    inside = row < groups
+    group = tensor * groups + row
+    at = group[:, None] * 16 + tl.arange(0, 16)[None, :]
+    value = tl.load(bits + at, mask=inside[:, None], other=0).to(tl.int32)
+    size = value & 0x7FFF
+    field, half = size >> 7, (size >> 6) & 1
+    largest = tl.max(field, axis=1)
+    zeros = largest == 0
+    exponent = tl.load(exponents + tensor // shared)
+    k = tl.maximum(largest - 129, LOW - exponent)
+    upper = tl.min(tl.where(size == 0, 0x7FFF, field - half), axis=1) - 126
+    fits = (k <= tl.minimum(upper, HIGH - exponent)) | zeros
+    if tl.min(tl.where(fits | (row >= groups), 1, 0), axis=0) == 0:
+        tl.atomic_max(failed + tensor // shared, 1)
+    place = tl.where(zeros, 0, k + exponent)
+    stored = tl.where(place >= -6, (place + 7) << 3, 1 << tl.maximum(place + 9, 0))
+    tl.store(scale + group, stored.to(tl.uint8), mask=inside)
+
+    binade = field - 127 - k[:, None]
+    index = tl.where(size == 0, 0, tl.where(binade < 0, 1, 2 * binade + 2 + half))
+    code = (index & 7) | ((value >> 12) & 8)
+    first, second = tl.split(tl.reshape(code, (BLOCK, 8, 2)))
+    to = group[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(packed + to, (first | (second << 4)).to(tl.uint8), mask=inside[:, None])
+
+    number = (value << 16).to(tl.float32, bitcast=True)
+    square = tl.sum(tl.sum((number * number).to(tl.float64), axis=1), axis=0)
+    tl.store(squares + tensor * parts + part, square)
+
+
 def nvfp4_encode_measured(
     weight: Tensor, block_scale: Tensor, global_scale: Tensor, keep_negative_zero: bool
 ) -> tuple[Tensor, Tensor]:

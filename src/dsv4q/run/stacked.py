@@ -19,7 +19,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.observers.min_max import MemorylessMinMaxObserver, StaticMinMaxObserver
 from torch import Tensor
 
-from dsv4q.formats.convert import Each, mxfp4_to_nvfp4
+from dsv4q.formats.convert import Each, bf16_to_nvfp4, mxfp4_to_nvfp4
 from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, NVFP4_GROUP
 from dsv4q.formats.exact import nvfp4_scales
 from dsv4q.formats.kernels import nvfp4_encode_measured
@@ -145,6 +145,11 @@ class StackedLinears:
     def _encode(self, name: str, experts: slice) -> EncodedLinears:
         weight, first = self.experts.memory.weights(name, experts), self.layout.linears[name][0]
         if first.is_exact:
+            straight = bf16_to_nvfp4(weight)
+            if straight is not None and bool(straight.exact.all()):
+                return self._as_stored(
+                    name, experts, straight.packed, straight.block_scale, straight.global_scale, straight.sums
+                )
             found = nvfp4_scales(weight)
             block_scale, global_scale = found.block_scale, found.global_scale
         else:
