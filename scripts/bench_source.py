@@ -124,7 +124,8 @@ def first_layers(source: Path, out: Path, layers: int) -> Path:
     for file in set(kept.values()):
         os.link(source / file, out / file)
     dims = Dims.from_config(json.loads((out / "config.json").read_text()))
-    total = sum(spec.nbytes for spec in source_tensors(dims))
+    native = "quantization_config" in config
+    total = sum(p.nbytes for spec in source_tensors(dims) for p in (stored_specs(spec) if native else (spec,)))
     _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})
     return out
 

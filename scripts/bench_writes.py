@@ -1,11 +1,14 @@
 """How fast several ranks write shards together: the run's own writer on full-width blocks, without a model.
 
-    python -m torch.distributed.run --standalone --nproc-per-node N scripts/bench_writes.py FOLDER [--layers 4]
-        [--source CONFIG_JSON] [--config configs/nvfp4-fp8-mtp.yaml] [--every-rank-syncs] [--advise]
+    python -m torch.distributed.run --standalone --nproc-per-node N scripts/bench_writes.py FOLDER
+        [--layers 4 | --whole] [--source CONFIG_JSON] [--config configs/nvfp4-fp8-mtp.yaml]
+        [--every-rank-syncs] [--advise]
 
 Each rank puts the tensors that the plan gives to it, as `quantize` does, and lets each block become durable while it
 puts the next one; nothing is computed. Without torchrun one process does all. FOLDER is emptied afterwards. Rank 0
-prints one JSON object: seconds from the end of one block to the end of the next, and GB/s over all.
+prints one JSON object: seconds from the end of one block to the end of the next, and GB/s over all. With `--whole` it
+is every block of the artifact, 181 GB, and each shard is deleted by another thread once it is whole, as `rehearse` has
+it: so long a rehearsal takes at least, on that disk.
 
 For comparison: with `--every-rank-syncs` each rank calls fsync for each file that it wrote into, with `--advise`
 write-back is begun by `posix_fadvise`. So it was until 2026-11-26.
@@ -28,6 +31,7 @@ from dsv4q.config import load_config
 from dsv4q.console import Console, Mode
 from dsv4q.plan.work import WorkTable
 from dsv4q.rehearse import FLASH, Rehearsal, prepare
+from dsv4q.run.dropping import Dropping
 from dsv4q.run.ranks import Ranks, ranks
 
 CONFIG = Path(__file__).parent.parent / "configs" / "nvfp4-fp8-mtp.yaml"
@@ -40,14 +44,15 @@ def advise(handle: int, offset: int, length: int) -> None:
     os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: Path, rehearsal: Rehearsal, here: Ranks, *, each: bool) -> dict[str, object]:
-    """Write every layer of the plan; on rank 0 what it took."""
+def measure(folder: Path, rehearsal: Rehearsal, here: Ranks, *, each: bool, whole: bool) -> dict[str, object]:
+    """Write the layers of the plan, or all of it; on rank 0 what it took."""
     plan = prepare(rehearsal).plan
     work = WorkTable(plan, here.share.count).blocks
-    blocks = [block for block in plan.blocks if block.startswith("layers.")]
+    blocks = [block for block in plan.blocks if whole or block.startswith("layers.")]
     data = os.urandom(max(t.nbytes for t in plan.tensors))
     ends: list[float] = []
-    writer = ShardWriter(folder, plan)
+    dropping = Dropping(None, folder, 0, keep=not whole)
+    writer = ShardWriter(folder, plan, on_whole=dropping.submit)
     writer.names_shards = here.is_leader
     if not each:
         writer.to_sync = here.files_to_sync
@@ -59,7 +64,7 @@ def measure(folder: Path, rehearsal: Rehearsal, here: Ranks, *, each: bool) -> d
     here.wait_for_all()
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    with BackgroundWriter(writer) as behind:
+    with dropping, BackgroundWriter(writer) as behind:
         for block in blocks:
             mine = [w for w in work[block] if w.rank == here.share.rank]
             for start in range(0, len(mine), TOGETHER):
@@ -77,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--whole", action="store_true", help="all of the artifact, each shard deleted once it is whole")
     parser.add_argument("--source", type=Path, default=FLASH)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--every-rank-syncs", action="store_true")
@@ -84,9 +90,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.advise:
         checkpoint_writer._start_writing_back = advise
-    rehearsal = Rehearsal(options.folder, load_config(options.config), options.source, options.layers)
+    layers = None if options.whole else options.layers
+    rehearsal = Rehearsal(options.folder, load_config(options.config), options.source, layers)
     with ranks("cpu", Console(Mode.QUIET)) as here:
-        found = measure(options.folder, rehearsal, here, each=options.every_rank_syncs)
+        found = measure(options.folder, rehearsal, here, each=options.every_rank_syncs, whole=options.whole)
         here.wait_for_all()
         if here.is_leader:
             shutil.rmtree(options.folder)

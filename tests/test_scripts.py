@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 
+from dsv4q.checkpoint.source import scan
 from dsv4q.made_up.toy import ToyConfig
 from runs import CONFIGS
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from bench_source import dimensions, first_layers, write_source  # noqa: E402
+
 SMALL = ("--samples", "2", "--length", "32", "--micro-batch", "1", "--device", "cpu")
 
 
@@ -101,12 +106,32 @@ def test_several_ranks_write_with_the_runs_own_writer(work: Path) -> None:
     assert not (work / "written").exists()
 
 
+def test_a_whole_artifact_is_written_and_deleted_shard_by_shard(work: Path) -> None:
+    (work / "whole").mkdir()
+    (work / "whole" / "config.json").write_text(json.dumps(ToyConfig().as_config_json()))
+    flags = ("--source", work / "whole", "--config", CONFIGS / "toy.yaml")
+    layers = json.loads(run_script("bench_writes.py", work / "gone", *flags, "--layers", 5))
+    whole = json.loads(run_script("bench_writes.py", work / "gone", *flags, "--whole"))
+    # Embedding, head and draft besides, and the block around them.
+    assert len(layers["seconds"]) == 5 < len(whole["seconds"]) and layers["gigabytes"] < whole["gigabytes"]
+    assert not (work / "gone").exists()
+
+
 def test_a_source_of_fewer_layers_is_made_of_the_same_files(layer_run: object, work: Path) -> None:
     whole, part = work / "w" / "source", work / "w" / "source-1"
     assert json.loads((part / "config.json").read_text())["num_hidden_layers"] == 1
     shards = {path.name for path in part.glob("*.safetensors")}
     assert shards == {p.name for p in whole.glob("*.safetensors") if not p.name.startswith("layers.1-")}
     assert all((part / name).samefile(whole / name) for name in shards)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_source_and_one_of_fewer_of_its_layers_say_their_true_size(native: bool, tmp_path: Path) -> None:
+    write_source(tmp_path / "all", dimensions("toy", 2), "cpu", native=native)
+    for source in (tmp_path / "all", first_layers(tmp_path / "all", tmp_path / "some", 1)):
+        index = json.loads((source / "model.safetensors.index.json").read_text())
+        stored = sum(entry.nbytes for entry in scan(source).tensors.values())
+        assert index["metadata"]["total_size"] == stored and len(index["weight_map"]) == len(scan(source).tensors)
 
 
 def test_the_sink_keeps_no_shard_and_the_profile_names_what_took_time(layer_run: object, work: Path) -> None:

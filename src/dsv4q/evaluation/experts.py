@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from dsv4q.evaluation.emulate import Quantizer
 from dsv4q.formats.kernels import swiglu
+from dsv4q.model.routed import Routed
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,13 @@ class RoundedExperts:
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens [N, D], their experts I64 [N, K] and weights [N, K] -> [N, D]."""
-        tokens, top_k = top_k_index.shape
-        # By expert, then by place among the K, then by token: the order in which the separate linears take them.
-        by_place = top_k_index.T.reshape(-1)
-        order = torch.argsort(by_place, stable=True)
-        sizes = torch.bincount(by_place, minlength=len(self.w1)).tolist()
+        routed = Routed.of(top_k_index, len(self.w1))
         inputs = hidden_states if self.round_input is None else self.round_input(hidden_states)
-        rows = inputs[order % tokens]
+        rows, sizes = inputs[routed.rows], routed.sizes
         hidden = swiglu(_products(rows, self.w1, sizes), _products(rows, self.w3, sizes), self.limit)
         if self.round_hidden is not None:
             hidden = self.round_hidden(hidden)
-        parts = _products(hidden, self.w2, sizes).mul_(top_k_weights.T.reshape(-1)[order].unsqueeze(-1))
-        # Where the parts of each token lie, [K, N], in the order of its experts.
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)
-        out = torch.zeros_like(hidden_states)
-        for place in places.view(top_k, tokens).sort(dim=0).values:
-            out += parts[place]
-        return out
+        return routed.added_up(_products(hidden, self.w2, sizes), top_k_weights)
 
 
 def _products(rows: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dsv4q.formats.kernels import swiglu, swiglu_parts
+from dsv4q.model.routed import Routed
 from dsv4q.model.upstream import experts_forward
 from dsv4q.run.memory import ExpertMemory
 from dsv4q.run.ranks import Ranks
@@ -103,61 +103,61 @@ class BatchedExperts:
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens [N, D], their experts I64 [N, K] and weights [N, K] -> [N, D]."""
-        experts, top_k = self.memory.experts, top_k_index.shape[1]
-        # By expert, then by place among the K, then by token: the order in which the separate linears take them.
-        order = torch.argsort(top_k_index.T.reshape(-1), stable=True)
-        tokens, shares = order % len(top_k_index), top_k_weights.T.reshape(-1)[order].unsqueeze(-1)
-        counts = torch.bincount(top_k_index.reshape(-1), minlength=experts)
-        self.counts += counts
-        sizes = counts.tolist()
-        assert sum(sizes) == top_k * len(top_k_index)
-        rows, share = torch.split(tokens, sizes), torch.split(shares, sizes)
-        out = torch.zeros_like(hidden_states)
-        ends = torch.stack([_no_ends(experts, out.device)] * 2)
+        routed = Routed.of(top_k_index, self.memory.experts)
+        sizes = routed.sizes
+        assert sum(sizes) == top_k_index.numel()
+        self.counts += routed.counts
+        made = hidden_states.new_empty(sum(sizes), hidden_states.shape[1])
+        rows, outs = torch.split(routed.rows, sizes), torch.split(made, sizes)
+        ends = torch.stack([_no_ends(self.memory.experts, made.device)] * 2)
         if self.all_tokens:
             ends[0] = torch.stack(torch.aminmax(hidden_states)).to(torch.float32)
+        most = len(hidden_states) if self.all_tokens else max(sizes)
         for part in self.memory.parts():
             if not self.all_tokens and not any(sizes[part]):
                 continue
-            gate_up, down = (self.memory.weights(stack, part) for stack in ("gate_up", "down"))
-            places = swiglu_parts(len(hidden_states) * gate_up.shape[2])
-            found = _no_ends(len(gate_up), out.device)[..., None].repeat(1, 1, places)
+            gate_up, down = (self.memory.weights(stack, part).mT for stack in ("gate_up", "down"))
+            width = gate_up.shape[-1]
+            gate, up = (made.new_empty(most, width) for _ in range(2))
+            found = _no_ends(len(gate_up), made.device)[..., None].repeat(1, 1, swiglu_parts(most * width))
             # All views of a part at once: what is left to do for each expert has to take less time than the GPU does.
             weights = zip(gate_up[:, 0].unbind(), gate_up[:, 1].unbind(), down[:, 0].unbind(), strict=True)
-            own = (rows[part], share[part], ends[0, part].unbind(), found.unbind())
+            own = (rows[part], outs[part], ends[0, part].unbind(), found.unbind())
             for of_expert in zip(weights, *own, strict=True):
-                self._through(hidden_states, *of_expert, out)
+                self._through(hidden_states, (gate, up), *of_expert)
             ends[1, part] = torch.stack([found[:, 0].amin(-1), found[:, 1].amax(-1)], dim=-1)
         self._observe(ends.to(torch.bfloat16))
-        return out
+        return routed.added_up(made, top_k_weights)
 
     def _through(
         self,
         hidden_states: Tensor,
+        buffers: tuple[Tensor, Tensor],
         weights: tuple[Tensor, Tensor, Tensor],
         rows: Tensor,
-        share: Tensor,
+        out: Tensor,
         input_ends: Tensor,
         hidden_ends: Tensor,
-        out: Tensor,
     ) -> None:
-        """Add what one expert (w1, w3, w2) makes of the tokens `rows` [n] with their `share` [n, 1] to `out` [N, D].
+        """Write what one expert makes of the tokens `rows` [n] to `out` [n, D].
 
         Args:
+            buffers: two of [n or more, F], used for each expert in turn.
+            weights: w1, w3 [D, F] and w2 [F, D].
             input_ends: F32 [2], written where nobody knows them yet.
             hidden_ends: F32 [2, P], see `swiglu`.
         """
-        seen = hidden_states if self.all_tokens else hidden_states[rows]
-        if not len(seen):
-            return
+        seen, (gate, up), (w1, w3, w2) = hidden_states, buffers, weights
         if not self.all_tokens:
+            if not len(rows):
+                return
+            seen, gate, up = hidden_states[rows], gate[: len(rows)], up[: len(rows)]
             input_ends.copy_(torch.stack(torch.aminmax(seen)))
-        w1, w3, w2 = weights
-        hidden = swiglu(linear(seen, w1), linear(seen, w3), self.limit, hidden_ends)
+        hidden = swiglu(torch.mm(seen, w1, out=gate), torch.mm(seen, w3, out=up), self.limit, hidden_ends)
         if self.all_tokens:
             hidden = hidden.index_select(0, rows)
-        if len(hidden):
-            out.index_add_(0, rows, linear(hidden, w2).mul_(share))
+        if len(rows):
+            torch.mm(hidden, w2, out=out)
 
     def _observe(self, ends: Tensor) -> None:
         """Widen what was seen so far by the ends [2, E, 2] of one batch."""
