@@ -104,7 +104,7 @@ def nvfp4_exact(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         window, or a value subnormal or no number: then the others are not valid. The bytes are those of
         `exact.nvfp4_scales` and `encode.nvfp4_encode`, zeros keep their sign.
     """
-    kernels = _for(weight)
+    kernels = _for(weight) if weight.shape[-1] % 16 == 0 else None
     if kernels is None:
         return None
     found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.nvfp4_exact(weight, *WINDOW)
