@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsv4q.checkpoint.native import MXFP4, release_form
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
+from dsv4q.checkpoint.source import scan
 from dsv4q.formats.dtypes import E2M1_VALUES
 from dsv4q.formats.encode import fp8_block_encode
 from dsv4q.formats.exact import fp8_block_scales, round_e2m1
@@ -123,9 +124,8 @@ def first_layers(source: Path, out: Path, layers: int) -> Path:
     kept = {name: file for name, file in index.items() if not name.startswith(dropped or ("-",))}
     for file in set(kept.values()):
         os.link(source / file, out / file)
-    dims = Dims.from_config(json.loads((out / "config.json").read_text()))
-    native = "quantization_config" in config
-    total = sum(p.nbytes for spec in source_tensors(dims) for p in (stored_specs(spec) if native else (spec,)))
+    stored = scan(source).tensors
+    total = sum(stored[name].nbytes for name in kept)
     _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": kept})
     return out
 

@@ -51,8 +51,8 @@ def measure(folder: Path, rehearsal: Rehearsal, here: Ranks, *, each: bool, whol
     blocks = [block for block in plan.blocks if whole or block.startswith("layers.")]
     data = os.urandom(max(t.nbytes for t in plan.tensors))
     ends: list[float] = []
-    dropping = Dropping(None, folder, 0, keep=not whole)
-    writer = ShardWriter(folder, plan, on_whole=dropping.submit)
+    dropping = Dropping(None, folder, 0, keep=False)
+    writer = ShardWriter(folder, plan, on_whole=dropping.submit) if whole else ShardWriter(folder, plan)
     writer.names_shards = here.is_leader
     if not each:
         writer.to_sync = here.files_to_sync
@@ -81,8 +81,9 @@ def measure(folder: Path, rehearsal: Rehearsal, here: Ranks, *, each: bool, whol
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--whole", action="store_true", help="all of the artifact, each shard deleted once it is whole")
+    blocks = parser.add_mutually_exclusive_group()
+    blocks.add_argument("--layers", type=int, default=4)
+    blocks.add_argument("--whole", action="store_true", help="all of the artifact, each shard deleted once it is whole")
     parser.add_argument("--source", type=Path, default=FLASH)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--every-rank-syncs", action="store_true")

@@ -153,19 +153,22 @@ class Engines:
 
     def __init__(self, command: str) -> None:
         self._command = [*shlex.split(command), str(ENGINE)]
+        self._started: list[subprocess.Popen[str]] = []
         self._next: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Engines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._next is not None:
-            self._next.kill()
-            self._next.wait()
+        for process in self._started:  # an engine must not outlive an interrupted table; most have ended
+            process.kill()
+            process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
-        return subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=2, env=environment, text=True)
+        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=2, env=environment, text=True)
+        self._started.append(process)
+        return process
 
     def serve(self, job: Mapping[str, Any], more: bool) -> dict[str, Any]:
         """What the engine of this job found; `more` says that another job follows.
@@ -177,12 +180,7 @@ class Engines:
         self._next = self._start() if more else None
         with tempfile.TemporaryDirectory() as folder:
             answered = Path(folder) / "result.json"
-            try:
-                process.communicate(json.dumps({**job, "result": str(answered)}) + "\n")
-            except BaseException:  # as subprocess.run does: an engine must not outlive an interrupted table
-                process.kill()
-                process.wait()
-                raise
+            process.communicate(json.dumps({**job, "result": str(answered)}) + "\n")
             if process.returncode:
                 raise subprocess.CalledProcessError(process.returncode, self._command)
             found: dict[str, Any] = json.loads(answered.read_text())
@@ -196,12 +194,12 @@ def runs(options: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> It
     configs = {folder: load_model_config(folder) for folder in checkpoints}
     for folder, config in configs.items():
         refuse_unbuildable(folder, config)
-    texts = texts_of(options, configs[options.reference]["vocab_size"])
-    asked = prompts(options, texts)
     every = itertools.product(options.tensor_parallel, checkpoints, options.drafts)
     wanted = [(gpus, folder, tokens) for gpus, folder, tokens in every if (str(folder), gpus, tokens) not in served]
     if wanted:
         require_vllm(options.python)
+    texts = texts_of(options, configs[options.reference]["vocab_size"])
+    asked = prompts(options, texts)
     have_read = {(name, gpus) for (name, gpus, _), has_read in served.items() if has_read}
     with Engines(options.python) as engines_of_vllm:
         for number, (gpus, folder, tokens) in enumerate(wanted, 1):

@@ -47,7 +47,8 @@ class Readers:
 
 
 def test_no_more_threads_read_than_are_allowed_and_all_get_their_turn() -> None:
-    pace = Pace(2, 4)
+    pace = Pace(4)
+    pace.allow(2)
     readers = Readers(pace, 8)
     assert readers.come_to(2)
     pace.allow(3)

@@ -157,6 +157,12 @@ class NativeCheckpoint(Checkpoint):
         self.on_disk.close()
 
 
+def says_native(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that weights are in DeepSeek's own layout, or in ModelOpt's, which stands on it."""
+    settings = config.get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == "fp8"
+
+
 def open_source(path: Path) -> Checkpoint:
     """`scan_source`, then refuse a checkpoint that has any problem.
 

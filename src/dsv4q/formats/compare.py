@@ -25,8 +25,7 @@ def error_sums(weights: Tensor, stored: Tensor) -> Tensor:
     same = (stored.view(torch.int32) == reference.view(torch.int32)).flatten(1).sum(dim=1)
     squares = reference.square().sum(dim=(1, 2), dtype=torch.float64)
     if not weights.is_cuda and int(same.sum()) == reference.numel():
-        none = torch.zeros_like(squares)
-        return torch.stack([none + 1, none, squares, none], dim=1)
+        return no_error(squares)
     difference = stored - reference
     return torch.stack(
         [
@@ -37,6 +36,12 @@ def error_sums(weights: Tensor, stored: Tensor) -> Tensor:
         ],
         dim=1,
     )
+
+
+def no_error(squares: Tensor) -> Tensor:
+    """F64 [..., 4]: the same of weights that are stored exactly, of the sums of their squares [...]."""
+    none = torch.zeros_like(squares, dtype=torch.float64)
+    return torch.stack([none + 1, none, squares.to(torch.float64), none], dim=-1)
 
 
 def tensor_error(weight: Tensor, stored: Tensor) -> TensorError:

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4q.formats.compare import no_error
 from dsv4q.formats.encode import E4M3_MAX, FP8_BLOCK, NVFP4_GROUP, WINDOW
 from dsv4q.formats.exact import power_of_two
 from dsv4q.formats.kernels import cpu_kernels, nvfp4_exact
@@ -132,7 +133,7 @@ def mxfp4_to_nvfp4(packed: Tensor, scale: Tensor, each: Each = map) -> Nvfp4:
             return
         found.exact[index] = True
         found.global_scale[index] = math.ldexp(1.0, exponent)
-        found.sums[index] = torch.stack([_no_error(part.squares) for part in parts])
+        found.sums[index] = no_error(torch.tensor([part.squares for part in parts], dtype=torch.float64))
 
     list(each(convert, range(count)))
     return replace(found, block_scale=found.block_scale.view(torch.float8_e4m3fn))
@@ -147,9 +148,8 @@ def bf16_to_nvfp4(weight: Tensor) -> Nvfp4 | None:
     if found is None:
         return None
     packed, scale, exponent, squares, failed = found
-    sums = torch.zeros((*squares.shape, 4), dtype=torch.float64, device=weight.device)
-    sums[..., 0], sums[..., 2] = 1.0, squares
-    return Nvfp4(failed == 0, packed, scale.view(torch.float8_e4m3fn), power_of_two(exponent).reshape(-1, 1), sums)
+    block_scale, global_scale = scale.view(torch.float8_e4m3fn), power_of_two(exponent).reshape(-1, 1)
+    return Nvfp4(failed == 0, packed, block_scale, global_scale, no_error(squares))
 
 
 class _Mxfp4(ABC):
@@ -340,7 +340,7 @@ def fp8_to_fp8_blocks(weight: Tensor, scale: Tensor) -> Fp8Blocks | None:
     return Fp8Blocks(
         torch.from_numpy(found).view(torch.float8_e4m3fn),
         torch.from_numpy(np.ldexp(np.float32(1), exponents)),
-        _no_error(math.ldexp(float(sum(squares)), -2 * E8M0_BIAS - 18)),
+        no_error(torch.tensor(math.ldexp(float(sum(squares)), -2 * E8M0_BIAS - 18), dtype=torch.float64)),
     )
 
 
@@ -375,8 +375,3 @@ def _fp8_scaled() -> Bytes:
 def _weighted(sums: Iterable[float], codes: Iterable[int]) -> int:
     """Sum of each, an integer, times 4^code."""
     return sum(int(part) << 2 * int(code) for part, code in zip(sums, codes, strict=True))
-
-
-def _no_error(squares: float) -> Tensor:
-    """F64 [4]: `error.TensorError` of a weight that is stored exactly."""
-    return torch.tensor([1.0, 0.0, squares, 0.0], dtype=torch.float64)

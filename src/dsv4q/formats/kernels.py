@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4q.formats.compare import error_sums
+from dsv4q.formats.compare import error_sums, no_error
 from dsv4q.formats.encode import (
     FP8_BLOCK,
+    NVFP4_GROUP,
     TILE,
     WINDOW,
     fp8_block_decode,
@@ -104,7 +105,7 @@ def nvfp4_exact(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         window, or a value subnormal or no number: then the others are not valid. The bytes are those of
         `exact.nvfp4_scales` and `encode.nvfp4_encode`, zeros keep their sign.
     """
-    kernels = _for(weight) if weight.shape[-1] % 16 == 0 else None
+    kernels = _for(weight) if weight.shape[-1] % NVFP4_GROUP == 0 else None
     if kernels is None:
         return None
     found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.nvfp4_exact(weight, *WINDOW)
@@ -177,7 +178,7 @@ def fp8_block_encode_measured(weight: Tensor, block_scale: Tensor) -> tuple[Tens
     """
     exact = _fp8_block_encode_exact(weight, block_scale)
     if exact is not None:
-        return exact, torch.cat([torch.tensor([1.0, 0.0]), _squares(weight), torch.tensor([0.0])])
+        return exact, no_error(_squares(weight))[0]
     codes = fp8_block_encode(weight, block_scale)
     return codes, error_sums(weight[None], fp8_block_decode(codes, block_scale)[None])[0]
 

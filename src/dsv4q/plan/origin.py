@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4q.checkpoint.native import NativeCheckpoint, entries_of, forms_of, release_form, release_tensors
+from dsv4q.checkpoint.native import (
+    NativeCheckpoint,
+    entries_of,
+    forms_of,
+    release_form,
+    release_tensors,
+    says_native,
+)
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.layout import DTYPE_BYTES, Dims, Release, TensorSpec, known_release
 
@@ -36,7 +43,7 @@ class SourceFiles:
             entries = {s.name: entries_of(checkpoint, s.name) for s in specs}
             sizes |= {name: (len(found), sum(e.nbytes for e in found)) for name, found in entries.items() if found}
             return cls(NATIVE if isinstance(checkpoint, NativeCheckpoint) else BF16, forms_of(checkpoint), sizes)
-        if not _is_native(checkpoint):
+        if not says_native(checkpoint.config):
             return cls(ASSUMED_BF16, dict(Counter(s.dtype for s in specs).most_common()), sizes)
         expert_dtype = _expert_dtype(checkpoint)
         forms = Counter(release_form(s, expert_dtype) or s.dtype for s in specs)
@@ -97,9 +104,3 @@ class Origin:
 
 def _expert_dtype(checkpoint: Checkpoint) -> str:
     return "fp8" if checkpoint.config.get("expert_dtype") == "fp8" else "fp4"
-
-
-def _is_native(checkpoint: Checkpoint) -> bool:
-    """Whether config.json says that the weights are in DeepSeek's own layout."""
-    settings = checkpoint.config.get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quant_method") == "fp8"

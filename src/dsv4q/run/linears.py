@@ -160,17 +160,19 @@ def unusable_scales(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     On the tensors' device, and waits for none: of a layer's experts there are 0.4 GB of scales, which a CPU looks
     through more slowly than a GPU encodes.
     """
-    scales = [value for name, value in stored.items() if name.endswith("scale")]
-    found = [_unusable(scale).reshape(len(scale), -1).any(dim=1) for scale in scales]
-    return torch.stack(found).any(dim=0)
+    return torch.stack([bad.flatten(1).any(dim=1) for bad in _unusable(stored).values()]).any(dim=0)
 
 
-def _unusable(scale: torch.Tensor) -> torch.Tensor:
-    """Where a scale is zero, negative, NaN or infinite."""
-    if scale.dtype is torch.float8_e4m3fn:
-        # 0x00 is zero, 0x80 and above are negative, 0x7f is NaN; there is no infinity.
-        return (scale.view(torch.uint8) - 1) > 0x7D
-    return ~(torch.isfinite(scale) & (scale > 0))
+def _unusable(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Where the scales among stored tensors are zero, negative, NaN or infinite."""
+    found = {}
+    for name, value in stored.items():
+        if name.endswith("scale"):
+            # Of E4M3 0x00 is zero, 0x80 and above are negative, 0x7f is NaN; there is no infinity.
+            is_e4m3 = value.dtype is torch.float8_e4m3fn
+            usable = torch.isfinite(value) & (value > 0) if not is_e4m3 else (value.view(torch.uint8) - 1) <= 0x7D
+            found[name] = ~usable
+    return found
 
 
 def check_scales(linears: Sequence[PlannedLinear], stored: Mapping[str, torch.Tensor]) -> None:
@@ -179,10 +181,10 @@ def check_scales(linears: Sequence[PlannedLinear], stored: Mapping[str, torch.Te
     Raises:
         CalibrationError: a scale that is zero, negative, NaN or infinite; names the first such module.
     """
-    for name, value in stored.items():
-        bad = _unusable(value) if name.endswith("scale") else torch.zeros(1, dtype=torch.bool)
+    for name, bad in _unusable(stored).items():
         if not bool(bad.any()):
             continue
+        value = stored[name]
         at = int(bad.flatten(1).any(dim=1).nonzero()[0])
         raise CalibrationError(
             "A scale is not positive and finite",

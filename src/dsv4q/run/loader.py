@@ -31,7 +31,7 @@ for a GPU; 0.41 s with 8."""
 BESIDE = 2
 """Threads that read beside a GPU's work as long as it waits for none of them. Eight that copy out of the page cache
 leave the thread that starts the GPU's work so little of the machine that a forward of 0.70 s takes 0.86 to 0.93; two
-read a block in less than it takes, and it stays 0.71 to 0.75 (H100, 16 cores)."""
+read a block in less than it takes, and it stays 0.71 to 0.83 (two H100 machines of 16 cores)."""
 
 TOGETHER = 128 << 20
 """Bytes of experts' weights that are read and copied in one piece. One by one they would keep Python so busy that the
@@ -74,15 +74,14 @@ class BlockTask:
 
 
 class Pace:
-    """How many threads may read at once: few, and more from when their bytes are waited for.
+    """How many threads may read at once: all of them at first.
 
     Args:
-        first: so many at first.
-        most: so many at most.
+        threads: that there are.
     """
 
-    def __init__(self, first: int, most: int) -> None:
-        self.allowed, self._most = first, most
+    def __init__(self, threads: int) -> None:
+        self.threads = self.allowed = threads
         self._reading = 0
         self._change = threading.Condition()
         """Guards what is above; notified when a thread may begin."""
@@ -100,7 +99,7 @@ class Pace:
     def allow(self, threads: int) -> None:
         """From now on so many threads, as far as there are."""
         with self._change:
-            self.allowed = min(threads, self._most)
+            self.allowed = min(threads, self.threads)
             self._change.notify_all()
 
 
@@ -174,8 +173,7 @@ class Loader:
     _pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
-        threads = READ_THREADS if self.device.type == "cuda" else min(READ_THREADS, cores())
-        self._pace = Pace(threads, threads)
+        self._pace = Pace(READ_THREADS if self.device.type == "cuda" else min(READ_THREADS, cores()))
 
     @contextmanager
     def blocks(self, wanted: Sequence[BlockTask], check_stop: Callable[[], None]) -> Iterator[Iterator[LoadedBlock]]:
@@ -190,7 +188,7 @@ class Loader:
         on_gpu = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if on_gpu else None
         with (
-            loaded_ahead(reads, self._read, self._host_bytes, budget=self.budget, threads=self._pace.allowed) as read,
+            loaded_ahead(reads, self._read, self._host_bytes, budget=self.budget, threads=self._pace.threads) as read,
             loaded_ahead(
                 wanted,
                 partial(self._load, read, pieces, stream),

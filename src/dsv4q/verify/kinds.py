@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv4q.checkpoint.native import says_native
 from dsv4q.errors import SourceError, command
 from dsv4q.layout import Dims
 from dsv4q.verify.case import COMPRESSED, Contract
@@ -29,8 +30,7 @@ def kind_of(artifact: Path, config: Mapping[str, Any], headers: Headers) -> str:
         return MODELOPT
     if any(name.endswith(COMPRESSED) for name in names):
         return QUANTIZED
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
+    if says_native(config):
         raise SourceError(
             "This is a checkpoint in DeepSeek's own layout, of which artifacts are made",
             where=artifact,
@@ -38,7 +38,7 @@ def kind_of(artifact: Path, config: Mapping[str, Any], headers: Headers) -> str:
             found="quant_method fp8, and no tensor that only an artifact has",
             hint=f"`{command('dsv4q', 'plan', artifact)}` looks it over; as --source an artifact is compared with it",
         )
-    return PLAIN if quantization is None else QUANTIZED
+    return PLAIN if config.get("quantization_config") is None else QUANTIZED
 
 
 def contract_of(
