@@ -139,7 +139,7 @@ def _piece(checkpoint: Checkpoint, entry: TensorEntry, begin: int, end: int) -> 
     size, path = DTYPE_BYTES[entry.dtype], checkpoint.root / entry.file
     raw = torch.empty((end - begin) * size, dtype=torch.uint8)
     with opened(path) as (handle, _):
-        count = fill(handle, raw.numpy().data, entry.start + begin * size, path)
+        count = fill(handle, [raw.numpy().data], entry.start + begin * size, path)
     if count != raw.numel():
         where, found = f"{path}: {shown(entry.name)}", f"{count:,} of {raw.numel():,} bytes"
         raise SourceError("A shard ended while it was read", where=where, found=found, hint=AGAIN)

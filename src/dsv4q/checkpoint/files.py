@@ -6,8 +6,9 @@ import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from dsv4q.errors import DiskError, SourceError
@@ -22,6 +23,9 @@ _UNSUPPORTED = {
     errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.ENOTTY,
 }  # fmt: skip
 """What file systems say to a call that they do not have."""
+
+BUFFERS = 256
+"""At most so many in one call of preadv or pwritev; the system takes 1024."""
 
 AGAIN = "download this file again"
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -67,19 +71,26 @@ def opened(path: Path, expected: str | None = None) -> Iterator[tuple[int, int]]
         os.close(handle)
 
 
-def fill(handle: int, buffer: memoryview, offset: int, where: Path) -> int:
-    """Read into `buffer` (bytes) from `offset` until it is full or the file ends; returns the bytes read.
+def fill(handle: int, buffers: Sequence[memoryview], offset: int, where: Path) -> int:
+    """Read into `buffers` (bytes), one after the other, from `offset` until all are full or the file ends.
+
+    Returns:
+        The bytes read.
 
     Raises:
         SourceError: the disk fails.
     """
-    done = 0
+    done, rest = 0, deque(buffer for buffer in buffers if len(buffer))
     try:
-        while done < len(buffer):
-            count = os.preadv(handle, [buffer[done:]], offset + done)
+        while rest:
+            count = os.preadv(handle, list(islice(rest, BUFFERS)), offset + done)
             if count == 0:
                 break
             done += count
+            while rest and count >= len(rest[0]):
+                count -= len(rest.popleft())
+            if count:
+                rest[0] = rest[0][count:]
     except OSError as error:
         raise SourceError("Reading the checkpoint failed", where=where, found=error, hint="check the disk") from error
     return done
@@ -88,7 +99,7 @@ def fill(handle: int, buffer: memoryview, offset: int, where: Path) -> int:
 def read_at(handle: int, offset: int, length: int, where: Path) -> bytes:
     """Up to `length` bytes; fewer only where the file ends. Raises as `fill`."""
     buffer = bytearray(length)
-    return bytes(memoryview(buffer)[: fill(handle, memoryview(buffer), offset, where)])
+    return bytes(memoryview(buffer)[: fill(handle, [memoryview(buffer)], offset, where)])
 
 
 def pointer_error(path: Path, raw: bytes) -> SourceError | None:

@@ -118,10 +118,19 @@ class NativeCheckpoint(Checkpoint):
             return self.on_disk.tensor(name)
         return self.decoded(name, [self.on_disk.tensor(entry.name) for entry in entries_of(self, name)])
 
-    def stored_together(self, names: Sequence[str], *, pinned: bool = False) -> tuple[torch.Tensor, ...]:
-        """See `Checkpoint.stored_together`: of quantized tensors weights and scales."""
-        parts = zip(*(entries_of(self, name) for name in names), strict=True)
-        return tuple(self.on_disk.stored_together([e.name for e in part], pinned=pinned)[0] for part in parts)
+    def read_many(self, wanted: Sequence[tuple[str, memoryview]]) -> None:
+        """See `Checkpoint.read_many`; raises as `read_into`."""
+        self.on_disk.read_many([(name, buffer) for name, buffer in wanted if name not in self.quantized])
+        for name, buffer in wanted:
+            if name in self.quantized:
+                self.read_into(name, buffer)
+
+    def stored_rows(self, rows: Sequence[Sequence[str]], *, pinned: bool = False) -> list[tuple[torch.Tensor, ...]]:
+        """See `Checkpoint.stored_rows`: of quantized tensors weights and scales."""
+        parts = [list(zip(*(entries_of(self, name) for name in row), strict=True)) for row in rows]
+        on_disk = [[entry.name for entry in part] for row in parts for part in row]
+        found = iter(self.on_disk.stored_rows(on_disk, pinned=pinned))
+        return [tuple(next(found)[0] for _ in row) for row in parts]
 
     def decoded(self, name: str, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `Checkpoint.decoded`; the same bits on any device.

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dsv4q.checkpoint.downloads import Holes, check_downloads, find_holes
-from dsv4q.checkpoint.files import AGAIN, INDEX, fill, open_regular, read_at
+from dsv4q.checkpoint.files import AGAIN, INDEX, read_at
 from dsv4q.checkpoint.folder import (
     check_lone_files,
     check_places,
@@ -33,6 +32,7 @@ from dsv4q.checkpoint.folder import (
     usable_files,
 )
 from dsv4q.checkpoint.headers import MAX_HEADER, Findings, TensorEntry, read_shard, shown
+from dsv4q.checkpoint.reading import OpenFiles
 from dsv4q.errors import SourceError, WeightError, command, first_problem
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.layout import DTYPE_BYTES
@@ -42,40 +42,11 @@ if TYPE_CHECKING:
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
+ALIGNED = 512
+"""Where in memory tensors that are read together begin."""
+
 
 # ------------------------------------------------------------------------------------------------ checkpoint
-
-
-class _Handles:
-    """Open files of one checkpoint, shared by reading threads (preadv has no file position to share)."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: dict[Path, int] = {}
-
-    def get(self, path: Path, size: int) -> int:
-        with self._lock:
-            if path not in self._open:
-                handle, now = open_regular(path)
-                if now != size:
-                    os.close(handle)
-                    raise SourceError(
-                        "A shard changed while it was in use",
-                        where=path,
-                        expected=f"{size:,} bytes, as when its header was read",
-                        found=f"{now:,} bytes",
-                        hint="leave the source alone during a run, then start again",
-                    )
-                self._open[path] = handle
-            return self._open[path]
-
-    def close(self) -> None:
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)
@@ -98,7 +69,7 @@ class Checkpoint:
     hidden: Mapping[str, str] = field(default_factory=dict)
     """Tensors that index or headers promise, of which a problem hides dtype and shape -> the shard they are said to be
     in."""
-    _handles: _Handles = field(default_factory=_Handles, repr=False, compare=False)
+    _handles: OpenFiles = field(default_factory=OpenFiles, repr=False, compare=False)
 
     def read(self, name: str) -> memoryview:
         """Raw bytes of one tensor, in memory of its own.
@@ -132,17 +103,19 @@ class Checkpoint:
         if not len(buffer):
             return
         entry = self._entry(name)
-        path = self.root / entry.file
-        handle = self._handles.get(path, self.files[entry.file])
-        count = fill(handle, buffer, entry.start + start, path)
-        if count != len(buffer):
-            raise SourceError(
-                "A shard ends inside a tensor",
-                where=f"{path}: {shown(name)}",
-                expected=f"{len(buffer):,} bytes from offset {entry.start + start:,}",
-                found=f"{count:,} bytes",
-                hint=AGAIN,
-            )
+        self._handles.fill(self.root, self.files, [(entry, buffer)], entry.start + start)
+
+    def read_many(self, wanted: Sequence[tuple[str, memoryview]]) -> None:
+        """`read_into` of several tensors, in few calls of the system.
+
+        Raises:
+            ValueError, SourceError: as `read_into`.
+        """
+        places = [(self._entry(name), buffer.cast("B")) for name, buffer in wanted]
+        for entry, buffer in places:
+            if buffer.nbytes != entry.nbytes:
+                raise ValueError(f"{entry.name} has {entry.nbytes} bytes, the buffer {buffer.nbytes}")
+        self._handles.read(self.root, self.files, places)
 
     def stored(self, name: str, *, pinned: bool = False) -> tuple[torch.Tensor, ...]:
         """What lies in the files of one tensor, as it lies there: itself, or a packed weight and its scale.
@@ -161,7 +134,15 @@ class Checkpoint:
         Raises:
             SourceError: as `tensor`.
         """
-        return (self._filled([self._entry(name) for name in names], pinned),)
+        return self.stored_rows([names], pinned=pinned)[0]
+
+    def stored_rows(self, rows: Sequence[Sequence[str]], *, pinned: bool = False) -> list[tuple[torch.Tensor, ...]]:
+        """`stored_together` of several rows of tensors, all of them in one piece of memory.
+
+        Raises:
+            SourceError: as `tensor`.
+        """
+        return [(tensors,) for tensors in self._filled([[self._entry(n) for n in row] for row in rows], pinned)]
 
     def decoded(self, name: str, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor that `stored` stands for, on the device where that lies; of T tensors stored alike [T, ...].
@@ -185,24 +166,36 @@ class Checkpoint:
                 self.decoded(name, parts)
             raise
 
-    def _filled(self, entries: Sequence[TensorEntry], pinned: bool) -> torch.Tensor:
-        """Tensors of one dtype and shape, [T, ...]."""
+    def _filled(self, rows: Sequence[Sequence[TensorEntry]], pinned: bool) -> list[torch.Tensor]:
+        """Of each row of tensors of one dtype and shape [T, ...]."""
         import torch
 
-        dtype, shape = torch_dtypes().get(entries[0].dtype), entries[0].shape
+        for row in rows:
+            self._check_alike(row)
+        sizes = [-(-len(row) * row[0].nbytes // ALIGNED) * ALIGNED for row in rows]
+        whole = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+        found, wanted = [], []
+        for row, part in zip(rows, torch.split(whole, sizes), strict=True):
+            nbytes = row[0].nbytes
+            there = part[: len(row) * nbytes]
+            buffer = there.numpy().data
+            wanted += [(e.name, buffer[i * nbytes : (i + 1) * nbytes]) for i, e in enumerate(row)]
+            found.append(there.view(torch_dtypes()[row[0].dtype]).view(len(row), *row[0].shape))
+        self.read_many(wanted)
+        return found
+
+    def _check_alike(self, entries: Sequence[TensorEntry]) -> None:
+        """That tensors can be made of the bytes, all of one dtype and shape."""
+        dtype, shape = entries[0].dtype, entries[0].shape
         for entry in entries:
-            assert (entry.dtype, entry.shape) == (entries[0].dtype, shape), f"{entry.name} is stored otherwise"
-            if dtype is None or math.prod(shape) * DTYPE_BYTES[entry.dtype] != entry.nbytes:
+            assert (entry.dtype, entry.shape) == (dtype, shape), f"{entry.name} is stored otherwise"
+            if dtype not in torch_dtypes() or math.prod(shape) * DTYPE_BYTES[dtype] != entry.nbytes:
                 raise SourceError(
                     "A tensor cannot be made of these bytes",
                     where=f"{self.root / entry.file}: {shown(entry.name)}",
-                    found=f"{entry.nbytes:,} bytes as {shown(entry.dtype)} {list(shape)}",
+                    found=f"{entry.nbytes:,} bytes as {shown(dtype)} {list(shape)}",
                     hint=AGAIN,
                 )
-        tensors = torch.empty((len(entries), *shape), dtype=dtype, pin_memory=pinned)
-        for entry, bytes_ in zip(entries, tensors.view(len(entries), -1).view(torch.uint8), strict=True):
-            self.read_into(entry.name, bytes_.numpy().data)
-        return tensors
 
     def tensor_on(self, name: str, device: torch.device) -> torch.Tensor:
         """One tensor on a device; what is packed travels as it is, and is decoded there.
@@ -242,7 +235,7 @@ class Checkpoint:
         Raises:
             SourceError: as `read`; a dtype that torch lacks; a size that is not that of dtype and shape.
         """
-        return self._filled([self._entry(name)], pinned=False)[0]
+        return self._filled([[self._entry(name)]], pinned=False)[0][0]
 
     @property
     def on_disk_tensors(self) -> Mapping[str, TensorEntry]:

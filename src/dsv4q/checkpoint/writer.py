@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dsv4q.checkpoint.files import disk_errors, fsync, fsync_folder, make_readable, named, write_at
+from dsv4q.checkpoint.files import BUFFERS, disk_errors, fsync, fsync_folder, make_readable, named, write_at
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
 from dsv4q.errors import OutputError
@@ -37,9 +37,6 @@ WRITE_THREADS = 6
 
 _FINISHING = 2
 """Blocks that are made durable or wait for it."""
-
-_IOV_MAX = 256
-"""Pieces in one call of pwritev; the system takes 1024."""
 
 
 def _of_linux(name: str) -> Any:
@@ -133,7 +130,7 @@ class ShardWriter:
             planned = self._tensor[name]
             assert len(view) == planned.nbytes, f"{name}: {len(view)} bytes, planned {planned.nbytes}"
             shard, offset = self._place[name]
-            if last is not None and (shard is not last[0] or offset != last[2] or len(run) == _IOV_MAX):
+            if last is not None and (shard is not last[0] or offset != last[2] or len(run) == BUFFERS):
                 self._write(last[0], run, last[1])
                 last, run = None, []
             last = (shard, last[1] if last else offset, offset + len(view))

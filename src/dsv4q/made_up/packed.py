@@ -85,6 +85,11 @@ class PackedCheckpoint(Checkpoint):
         else:
             buffer[:] = self._block_scales(spec, entry)[start : start + len(buffer)]
 
+    def read_many(self, wanted: Sequence[tuple[str, memoryview]]) -> None:
+        """See `Checkpoint.read_many`; nothing lies side by side."""
+        for name, buffer in wanted:
+            self.read_into(name, buffer)
+
     def is_whole(self, name: str) -> bool:
         """What is made up is."""
         return name in self.tensors

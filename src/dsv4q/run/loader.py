@@ -21,7 +21,7 @@ from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
 from dsv4q.host import cores
 from dsv4q.layout import Role, TensorSpec
 from dsv4q.plan.work import TensorWork
-from dsv4q.run.memory import ExpertMemory
+from dsv4q.run.memory import ExpertMemory, place_of
 from dsv4q.run.values import are_usual, check_values
 
 READ_THREADS = 8
@@ -37,8 +37,12 @@ TOGETHER = 128 << 20
 """Bytes of experts' weights that are read and copied in one piece. One by one they would keep Python so busy that the
 thread that starts the device's work waits for it: a forward of 0.7 s took 1.8 beside the reading of the next block."""
 
-Piece = tuple[TensorWork, ...]
-"""What is read together: one tensor, or one projection of consecutive experts that are stored alike."""
+Piece = tuple[tuple[TensorWork, ...], ...]
+"""What is read together: one tensor, or of consecutive experts that are stored alike each projection's weights. In the
+files an expert's tensors lie side by side, so such a piece takes few calls of the system."""
+
+Rows = Sequence[tuple[torch.Tensor, ...]]
+"""Of each row of a piece what lies in the files: itself, or packed weights and their scales, [n, ...] of experts."""
 
 Put = Callable[[str, Sequence[tuple[str, memoryview]]], None]
 """Takes a block and tensors of it to be written as they are: output name and bytes."""
@@ -226,43 +230,48 @@ class Loader:
     def _pieces(self, task: BlockTask) -> list[Piece]:
         """What is read for a block, experts in their order."""
         found: list[Piece] = []
-        runs: dict[str, list[TensorWork]] = {}
-        """Projection -> experts that wait for more of their kind."""
+        experts: dict[int | None, list[TensorWork]] = {}
         for work in filter(task.reads, task.work):
-            if not _is_experts(work):
-                found.append((work,))
-                continue
-            run = runs.setdefault(work.spec.module.rpartition(".")[2], [])
-            if run and not (self._follows(run[-1], work) and (len(run) + 1) * work.source_bytes <= TOGETHER):
-                found.append(tuple(run))
-                run.clear()
-            run.append(work)
-        return [*found, *(tuple(run) for run in runs.values())]
+            if _is_experts(work):
+                experts.setdefault(work.spec.expert, []).append(work)
+            else:
+                found.append(((work,),))
+        run: list[list[TensorWork]] = []
+        for expert in experts.values():
+            nbytes = (len(run) + 1) * sum(work.source_bytes for work in expert)
+            if run and not (nbytes <= TOGETHER and self._follows(run[-1], expert)):
+                found.append(tuple(zip(*run, strict=True)))
+                run = []
+            run.append(expert)
+        return [*found, tuple(zip(*run, strict=True))] if run else found
 
-    def _follows(self, before: TensorWork, work: TensorWork) -> bool:
-        """Whether a weight is that of the next expert, and stored as the one before is."""
-        one, other = (stored_kind(self.source, w.spec.name) for w in (before, work))
-        return one == other and work.spec.expert == (before.spec.expert or 0) + 1
+    def _follows(self, before: Sequence[TensorWork], expert: Sequence[TensorWork]) -> bool:
+        """Whether weights are those of the next expert, and stored as those of the one before are."""
 
-    def _read(self, piece: Piece) -> tuple[torch.Tensor, ...]:
+        def kinds(works: Sequence[TensorWork]) -> list[object]:
+            return [(place_of(w.spec)[::2], stored_kind(self.source, w.spec.name)) for w in works]
+
+        return expert[0].spec.expert == (before[0].spec.expert or 0) + 1 and kinds(before) == kinds(expert)
+
+    def _read(self, piece: Piece) -> Rows:
         """A piece on the host; as it lies in the files if it is computed with and its BF16 bytes are not written."""
         with self._pace:
             return self._read_now(piece)
 
-    def _read_now(self, piece: Piece) -> tuple[torch.Tensor, ...]:
+    def _read_now(self, piece: Piece) -> Rows:
         on_gpu = self.device.type == "cuda"
-        if _is_experts(piece[0]):
-            return self.source.stored_together([work.spec.name for work in piece], pinned=on_gpu)
-        (work,) = piece
+        work = piece[0][0]
         spec = work.spec
+        if _is_experts(work):
+            return self.source.stored_rows([[w.spec.name for w in row] for row in piece], pinned=on_gpu)
         if work.computed and not work.kept:
-            return self.source.stored(spec.name, pinned=on_gpu)
+            return [self.source.stored(spec.name, pinned=on_gpu)]
         if work.computed and on_gpu:
-            return self._pinned(spec)
+            return [self._pinned(spec)]
         tensor = self.source.tensor(spec.name)
         if not work.computed and tensor.is_floating_point() and not bool(are_usual(_ends(tensor))):
             check_values(spec, tensor, self.where)
-        return (tensor,)
+        return [(tensor,)]
 
     def _pinned(self, spec: TensorSpec) -> tuple[torch.Tensor, ...]:
         tensor = torch.empty(spec.shape, dtype=torch_dtypes()[spec.dtype], pin_memory=True)
@@ -271,11 +280,12 @@ class Loader:
 
     def _host_bytes(self, piece: Piece) -> int:
         """What `_read` holds of a piece."""
-        return sum(w.source_bytes if w.computed and not w.kept else w.spec.nbytes for w in piece)
+        works = (work for row in piece for work in row)
+        return sum(w.source_bytes if w.computed and not w.kept else w.spec.nbytes for w in works)
 
     def _load(
         self,
-        loaded: Iterator[tuple[Piece, tuple[torch.Tensor, ...]]],
+        loaded: Iterator[tuple[Piece, Rows]],
         pieces: Mapping[str, Sequence[Piece]],
         stream: torch.cuda.Stream | None,
         task: BlockTask,
@@ -285,13 +295,15 @@ class Loader:
             for piece in pieces[task.name]:
                 if self._stop.is_set():
                     raise Stopped
-                found, parts = next(loaded)
-                assert found is piece, f"{piece[0].spec.name} is wanted, {found[0].spec.name} comes"
-                block.read_bytes += sum(work.source_bytes for work in piece)
-                if _is_experts(piece[0]):
-                    self._place_experts(block, [work.spec for work in piece], parts)
+                found, rows = next(loaded)
+                work = piece[0][0]
+                assert found is piece, f"{work.spec.name} is wanted, {found[0][0].spec.name} comes"
+                block.read_bytes += sum(w.source_bytes for row in piece for w in row)
+                if _is_experts(work):
+                    for row, parts in zip(piece, rows, strict=True):
+                        self._place_experts(block, [w.spec for w in row], parts)
                     continue
-                (work,) = piece
+                (parts,) = rows
                 self._keep(block, work, parts)
                 if work.computed:
                     self._place(block, work.spec, parts)

@@ -6,7 +6,7 @@ as one stack; on a CPU a thread goes through its linears, in tiles that stay in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -144,22 +144,21 @@ class _Piece:
     def _read(self, *, pinned: bool) -> None:
         case, scheme, specs, source = self.case, self.scheme, self.specs, self.case.source
         assert source is not None
+        wanted: list[tuple[str, memoryview]] = []
         for suffix in scheme.stored(specs[0].shape):
             names = [f"{spec.module}.{suffix}" for spec in specs]
             header = case.sound[names[0]]
-            there = self._empty(suffix, header.dtype, header.shape, pinned=pinned)
-            self.host[suffix] = _filled(there, names, case.artifact.read_into)
+            self.host[suffix] = self._empty(suffix, header.dtype, header.shape, pinned=pinned)
+            wanted += _places(names, self.host[suffix])
+        case.artifact.read_many(wanted)
         if is_packed(case, specs[0]):
             assert isinstance(source, NativeCheckpoint)
-            parts = zip(*(entries_of(source, spec.name) for spec in specs), strict=True)
+            parts = list(zip(*(entries_of(source, spec.name) for spec in specs), strict=True))
             self.packed = tuple(
-                _filled(
-                    self._empty(number, part[0].dtype, part[0].shape, pinned=pinned),
-                    [entry.name for entry in part],
-                    source.on_disk.read_into,
-                )
-                for number, part in enumerate(parts)
+                self._empty(number, part[0].dtype, part[0].shape, pinned=pinned) for number, part in enumerate(parts)
             )
+            names_of = ([entry.name for entry in part] for part in parts)
+            source.on_disk.read_many([p for pair in zip(names_of, self.packed, strict=True) for p in _places(*pair)])
         else:
             self.weights = [source.fetched(spec.name, pinned=pinned) for spec in specs]
 
@@ -238,8 +237,7 @@ def is_packed(case: Case, spec: TensorSpec) -> bool:
     return (source.quantized[spec.name].form == MXFP4) == (scheme.format == NVFP4) and scheme.format in (NVFP4, FP8)
 
 
-def _filled(stack: Tensor, names: Sequence[str], read: Callable[[str, memoryview], None]) -> Tensor:
-    """A stack [T, ...] of tensors of one dtype and shape, once they are read into it."""
-    for name, row in zip(names, stack, strict=True):
-        read(name, row.reshape(-1).view(torch.uint8).numpy().data)
-    return stack
+def _places(names: Sequence[str], stack: Tensor) -> Iterator[tuple[str, memoryview]]:
+    """Where each of some tensors of one dtype and shape is read into, a stack [T, ...] of them."""
+    rows = stack.view(len(names), -1).view(torch.uint8).numpy()
+    return ((name, row.data) for name, row in zip(names, rows, strict=True))

@@ -15,7 +15,7 @@ Quantized are the routed experts of the main layers, and those of a draft whose 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -208,6 +208,13 @@ class ShownArtifact(Checkpoint):
             inverse = reciprocal(from_bytes(raw))
             if inverse is not None:
                 raw[:] = to_bytes(inverse)
+
+    def read_many(self, wanted: Sequence[tuple[str, memoryview]]) -> None:
+        """See `Checkpoint.read_many`."""
+        super().read_many([(name, buffer) for name, buffer in wanted if not name.endswith(_SCALARS)])
+        for name, buffer in wanted:
+            if name.endswith(_SCALARS):
+                self.read_into(name, buffer)
 
     def stored_scalar(self, name: str) -> bytes:
         """As it lies in the file."""
