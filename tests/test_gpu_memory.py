@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,24 @@ PRO = {
 """Where DeepSeek-V4-Pro is wider than Flash; https://huggingface.co/deepseek-ai/DeepSeek-V4-Pro, config.json."""
 
 
-def native_plan(config: str = "nvfp4-fp8-mtp", **wider: int) -> Plan:
+LARGE = {"samples": 512, "max_length": 2048, "micro_batch": 8}
+"""A calibration set whose residual streams are 34 GB."""
+
+
+def native_plan(config: str = "nvfp4-fp8-mtp", calibration: Mapping[str, int] | None = None, **wider: int) -> Plan:
     """The plan of a native checkpoint of full size, of which there are only the headers."""
     release = json.loads(FLASH.read_text(encoding="utf-8")) | wider
     stored = [part for spec in source_tensors(Dims.from_config(release)) for part in stored_specs(spec)]
     tensors = {p.name: TensorEntry(p.name, "x", p.dtype, p.shape, 0, p.nbytes) for p in stored}
     source = as_source(Checkpoint(FLASH.parent, release, tensors, {}, (), has_weights=True, config_file=FLASH))
-    return make_plan(source, load_config(CONFIGS / f"{config}.yaml"))
+    wanted = load_config(CONFIGS / f"{config}.yaml")
+    if calibration is not None and wanted.calibration is not None:
+        wanted = wanted.model_copy(update={"calibration": wanted.calibration.model_copy(update=calibration)})
+    return make_plan(source, wanted)
 
 
-def use_of(plan: Plan, gpu: float) -> GpuUse:
-    found = plan.estimate.on_gpu(int(gpu) - CUDA_BYTES)
+def use_of(plan: Plan, gpu: float, ranks: int = 1) -> GpuUse:
+    found = plan.estimate.on_gpu(int(gpu) - CUDA_BYTES, ranks)
     assert found is not None
     return found
 
@@ -57,6 +65,15 @@ def test_a_gpu_with_room_has_all_experts_as_bf16_at_once(flash: Plan) -> None:
     use = use_of(flash, 80e9)
     assert (use.experts, use.memories, use.keeps_streams) == (256, 1, True)
     assert use.nbytes == flash.estimate.gpu[0].nbytes < 25e9
+
+
+def test_each_of_several_ranks_needs_room_for_its_own_residual_streams() -> None:
+    large = native_plan(calibration=LARGE)
+    uses = [use_of(large, 80e9, ranks) for ranks in (1, 2, 4)]
+    assert [use.keeps_streams for use in uses] == [False, False, True]
+    assert use_of(large, 140e9).keeps_streams
+    rest = 2 * (large.estimate.streams - large.estimate.streams // 4)
+    assert use_of(large, 140e9).nbytes - uses[2].nbytes == rest
 
 
 def test_pro_from_its_official_files_fits_a_gpu_of_24_gib() -> None:

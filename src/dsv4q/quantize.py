@@ -117,7 +117,7 @@ def _quantize(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks, console: C
 def begin(job: Job, plan: Plan, source: Checkpoint, ranks: Ranks) -> Run:
     """All that the run works with; what takes seconds begins here."""
     now = time.time()
-    device, gpu = run_device(ranks.device_name(job.device), plan, job.gpu_memory)
+    device, gpu = run_device(ranks.device_name(job.device), plan, job.gpu_memory, ranks.share.count)
     data = load_data(job.config, job.source, plan.dims.vocab)
     finished = finished_report(job.out)
     same_threads(finished["identity"] if finished else Journal.identity_of(job.out) if job.resume else None)

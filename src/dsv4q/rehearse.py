@@ -148,7 +148,7 @@ def _rehearse(rehearsal: Rehearsal, prepared: Prepared, ranks: Ranks, console: C
     """The part that every rank plays."""
     plan, out = prepared.plan, rehearsal.out
     begin = time.time()
-    device, gpu = run_device(ranks.device_name(rehearsal.device), plan, rehearsal.gpu_memory)
+    device, gpu = run_device(ranks.device_name(rehearsal.device), plan, rehearsal.gpu_memory, ranks.share.count)
     data = calibration(rehearsal, plan)
     console.talk(_announcement(rehearsal, prepared, data))
     prepared.weights.make_pools()

@@ -123,7 +123,7 @@ def plan(
         "engines": [row.as_dict() for row in rows],
     }
     console.data(made.as_dict() | {name: value for name, value in others.items() if value})
-    show_plan(made, console, gpu_memory)
+    show_plan(made, console, gpu_memory, ranks)
     if exported is not None:
         exported.show(console)
     if rows:

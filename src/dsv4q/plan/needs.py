@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4q.checkpoint.shards import PlannedShard
 from dsv4q.checkpoint.writer import WRITE_BEHIND
@@ -24,14 +24,12 @@ ENCODE_BYTES = 2_000_000_000
 CUDA_BYTES = 700_000_000
 """What CUDA and its libraries take of a GPU before torch allocates anything."""
 
-WINDOW_BYTES = 1_000_000_000
+WINDOW_BYTES = 800_000_000
 """Experts that are BF16 at once where the others stay packed."""
 
-STREAMS_ON_GPU = 2_500_000_000
-"""Residual streams of all samples up to this size stay on the GPU between two blocks, if it has the room."""
-
 STREAMS_IN_MEMORY = 12_000_000_000
-"""Larger ones are kept on the host, and beyond this on disk, micro-batch by micro-batch."""
+"""Residual streams of all samples stay on the GPU between two blocks if it has the room. If not, they are kept on the
+host up to this size, and beyond it on disk, micro-batch by micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +82,25 @@ class Estimate:
     """That the calibration tokens make."""
 
     @property
-    def streams_kept(self) -> str:
-        """Where the residual streams are kept between two blocks when a GPU with room is used."""
-        if self.streams > STREAMS_IN_MEMORY:
-            return "on disk"
-        return "on the GPU" if self.gpu[0].keeps_streams else "in host memory"
+    def streams_elsewhere(self) -> str:
+        """Where the residual streams are kept between two blocks if not on a GPU."""
+        return "on disk" if self.streams > STREAMS_IN_MEMORY else "in host memory"
 
     @property
     def gpu_least(self) -> int:
         """Bytes on the smallest GPU that will do, without what CUDA itself takes."""
         return min(use.nbytes for use in self.gpu)
 
-    def on_gpu(self, nbytes: int) -> GpuUse | None:
-        """The fastest way with so many bytes for torch to allocate, if there is one."""
-        return next((use for use in self.gpu if use.nbytes <= nbytes), None)
+    def on_gpu(self, nbytes: int, ranks: int = 1) -> GpuUse | None:
+        """The fastest way with so many bytes for torch to allocate, if there is one.
+
+        Args:
+            ranks: that share the micro-batches; what is said is of the one that has most.
+        """
+        most = -(-self.micro_batches // ranks)
+        elsewhere = self.streams - self.streams * most // max(1, self.micro_batches)
+        ways = (replace(use, nbytes=use.nbytes - 2 * elsewhere) if use.keeps_streams else use for use in self.gpu)
+        return next((use for use in ways if use.nbytes <= nbytes), None)
 
 
 def estimate(
@@ -185,13 +188,19 @@ class _Parts:
         if self.packed:
             # Once all are decoded their packed form is needed no more; without a forward each is decoded just once.
             ways = [(1, self.count), (2, self.few), (1, self.few)] if self.batch else [(2, self.few), (1, self.few)]
-        kept = [True, False] if 0 < self.streams <= STREAMS_ON_GPU else [False]
-        every = [(*way, keeps) for way in ways for keeps in kept]
+        # A GPU that has no room for a block's experts has none to spare for what the host can hold as well.
+        every = [
+            (*way, keeps)
+            for way in ways
+            for keeps in (True, False)
+            if not keeps or (self.streams and way[1] == self.count)
+        ]
         return tuple(GpuUse(*way, self._bytes(*way)) for way in every)
 
     def _bytes(self, memories: int, step: int, keeps: bool) -> int:
         window = self.wide * step // self.count
         experts = memories * self.packed + window if self.packed else memories * self.wide
         encode = min(ENCODE_BYTES, self.block, 2 * window)
-        streams = 2 * self.streams if keeps else 3 * self.micro_batch
+        # Those that are not kept here: of one micro-batch that comes, two that are computed with, one that leaves.
+        streams = 2 * self.streams if keeps else 4 * self.micro_batch
         return 2 * self.dense + experts + max(self.largest, self.batch + encode) + streams

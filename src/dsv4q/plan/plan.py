@@ -109,7 +109,7 @@ class Plan(ShardPlan):
                 "free_disk_bytes": self.free_disk,
                 "calibration_tokens": self.estimate.calibration_tokens,
                 "streams_bytes": self.estimate.streams,
-                "streams_kept": self.estimate.streams_kept,
+                "streams_elsewhere": self.estimate.streams_elsewhere,
             },
             "problems": [p.as_dict() for p in self.problems],
             "warnings": [w.as_dict() for w in self.warnings],

@@ -35,11 +35,12 @@ SHOWN = 20
 """Differences and problems printed in full; `--json` has all of them."""
 
 
-def show_plan(plan: Plan, console: Console, gpu_memory: int | None = None) -> None:
+def show_plan(plan: Plan, console: Console, gpu_memory: int | None = None, ranks: int = 1) -> None:
     """Counts, shards, needs and problems of a plan. Nothing in json mode: the plan's own object has all of it.
 
     Args:
         gpu_memory: bytes of a GPU that may be used, if the user has said.
+        ranks: each of which has such a GPU.
     """
     if console.mode == Mode.JSON:
         return
@@ -78,10 +79,12 @@ def show_plan(plan: Plan, console: Console, gpu_memory: int | None = None) -> No
         + ("" if free is None else f" ({human_bytes(free)} free here)")
     )
     if gpu_memory is not None:
-        console.print(
-            f"GPU        of {human_bytes(gpu_memory)}: {_gpu_use(plan.estimate.on_gpu(gpu_memory - CUDA_BYTES), plan)}"
-        )
-    streams = f"; residual streams {human_bytes(needs['streams_bytes'])}, kept {needs['streams_kept']}"
+        use = plan.estimate.on_gpu(gpu_memory - CUDA_BYTES, ranks)
+        console.print(f"GPU        of {human_bytes(gpu_memory)}: {_gpu_use(use, plan)}")
+    streams = (
+        f"; residual streams {human_bytes(needs['streams_bytes'])}, "
+        f"kept on the GPU if it has the room, else {needs['streams_elsewhere']}"
+    )
     console.print(
         f"data       {needs['calibration_tokens']:,} calibration tokens{streams if needs['streams_bytes'] else ''}"
     )
@@ -105,8 +108,8 @@ def _gpu_use(use: GpuUse | None, plan: Plan) -> str:
         parts = ["every block is loaded while the one before is encoded"]
     if plan.experts_packed:
         parts.append(f"{'all' if whole else use.experts} experts at a time are decoded from their packed form")
-    if plan.estimate.streams and plan.estimate.streams_kept != "on disk":
-        parts.append(f"residual streams {'stay there' if use.keeps_streams else 'wait in host memory'}")
+    if plan.estimate.streams:
+        parts.append(f"residual streams {'stay there' if use.keeps_streams else plan.estimate.streams_elsewhere}")
     return f"{human_bytes(use.nbytes + CUDA_BYTES)} used; " + ", ".join(parts)
 
 

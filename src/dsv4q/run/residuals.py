@@ -38,18 +38,24 @@ class ResidualStreams:
         folder: where they are saved.
         shapes: of each micro-batch.
         mine: numbers of the micro-batches that this rank has.
-        on_device: they stay on the device between two blocks, unless there are too many for any memory.
+        on_gpu: they stay on the device, a GPU, between two blocks.
     """
 
     folder: Path
     device: torch.device
     shapes: Sequence[Shape]
     mine: Sequence[int]
-    on_device: bool = True
+    on_gpu: bool = False
     block: str | None = None
     """The block whose output they are."""
     _held: dict[int, torch.Tensor] = field(default_factory=dict)
+    _beside: torch.cuda.Stream | None = None
+    """Where they are kept on the host: what copies them there and back."""
     _saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and not self.on_gpu and not self.spilled:
+            self._beside = torch.cuda.Stream(self.device)
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +64,7 @@ class ResidualStreams:
     @property
     def spilled(self) -> bool:
         """Whether they live on disk."""
-        return self.nbytes > STREAMS_IN_MEMORY
+        return not self.on_gpu and self.nbytes > STREAMS_IN_MEMORY
 
     def __len__(self) -> int:
         return len(self.mine)
@@ -72,19 +78,50 @@ class ResidualStreams:
         """
         if self.spilled:
             self._through_disk(block, compute)
+        elif self._beside is not None:
+            self._held = self._through_host(self._beside, compute)
         else:
-            made = {}
-            for number in self.mine:
-                before = self._held[number].to(self.device, non_blocking=True) if self.block else None
-                made[number] = self._keep(compute(number, before))
-            self._held = made
+            self._held = {number: compute(number, self._held.get(number)) for number in self.mine}
         self.block = block
 
-    def _keep(self, streams: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cuda" or self.on_device:
-            return streams
-        host = torch.empty(streams.shape, dtype=streams.dtype, pin_memory=True)
-        return host.copy_(streams, non_blocking=True)
+    # ------------------------------------------------------------------------------------------------- on the host
+
+    def _through_host(
+        self, beside: torch.cuda.Stream, compute: Callable[[int, torch.Tensor | None], torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """As `through`, from the host and back: one micro-batch comes ahead and one leaves while another is computed.
+
+        Returns:
+            The new streams in page-locked memory, some of them still on their way on `beside`.
+        """
+        main = torch.cuda.current_stream(self.device)
+        places: list[torch.Tensor] = []
+        if self._held:
+            largest = max(held.numel() for held in self._held.values())
+            places = [torch.empty(largest, dtype=torch.bfloat16, device=self.device) for _ in range(2)]
+            beside.wait_stream(main)  # what had that memory before may still be at work
+
+        def fetch(turn: int) -> tuple[torch.Tensor, torch.cuda.Event] | None:
+            if turn >= len(self.mine) or not self._held:
+                return None
+            held = self._held[self.mine[turn]]
+            with torch.cuda.stream(beside):
+                there = places[turn % 2][: held.numel()].view(held.shape).copy_(held, non_blocking=True)
+            return there, beside.record_event()
+
+        made = {}
+        coming = fetch(0)
+        for turn, number in enumerate(self.mine):
+            before = coming[0] if coming is not None else None
+            if coming is not None:
+                main.wait_event(coming[1])
+            coming = fetch(turn + 1)
+            out = compute(number, before)
+            beside.wait_stream(main)
+            with torch.cuda.stream(beside):
+                made[number] = torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True)
+            out.record_stream(beside)
+        return made
 
     # ---------------------------------------------------------------------------------------------------- on disk
 
@@ -150,11 +187,12 @@ class ResidualStreams:
         self._saved_at = time.monotonic()
         assert self.block is not None
         held, block = self._held, self.block
-        done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        made_by = [] if self.device.type != "cuda" else [torch.cuda.current_stream(self.device)]
+        done = [stream.record_event() for stream in (*made_by, self._beside) if stream is not None]
 
         def save() -> None:
-            if done is not None:
-                done.synchronize()
+            for event in done:
+                event.synchronize()
             self._save(block, held)
 
         return save
@@ -186,8 +224,9 @@ class ResidualStreams:
             path = self._file(block)
             if path.is_file() and path.stat().st_size == self.nbytes:
                 if not self.spilled:
+                    home = self.device if self._beside is None else torch.device("cpu")
                     with _opened(path) as file:
-                        self._held = {n: self._keep(self._read(file, n, path).to(self.device)) for n in self.mine}
+                        self._held = {n: self._read(file, n, path).to(home) for n in self.mine}
                 self.block = block
                 return block
         return None

@@ -141,8 +141,10 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def run_device(name: str, plan: Plan, gpu_memory: int | None = None) -> tuple[torch.device, GpuUse | None]:
-    """The device called `name`, and how its memory will be used if it is a GPU.
+def run_device(
+    name: str, plan: Plan, gpu_memory: int | None = None, ranks: int = 1
+) -> tuple[torch.device, GpuUse | None]:
+    """The device called `name`, and how its memory will be used if it is a GPU, by one of so many ranks.
 
     Args:
         gpu_memory: bytes of it that may be used; torch then refuses to allocate more.
@@ -163,7 +165,7 @@ def run_device(name: str, plan: Plan, gpu_memory: int | None = None) -> tuple[to
         index = torch.cuda.current_device()
         torch.cuda.set_per_process_memory_fraction(max(0, allowed - CUDA_BYTES) / total, index)
     needs = plan.estimate
-    use = needs.on_gpu(min(allowed - CUDA_BYTES, free)) or needs.on_gpu(allowed - CUDA_BYTES)
+    use = needs.on_gpu(min(allowed - CUDA_BYTES, free), ranks) or needs.on_gpu(allowed - CUDA_BYTES, ranks)
     if use is None:
         where = f"--device {name}" + ("" if gpu_memory is None else f" --gpu-memory {gpu_memory}")
         raise too_small(needs, where, f"{total:,} bytes, {free:,} of them free")
