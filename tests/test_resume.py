@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], int]:
-    """Digests of an uninterrupted run's files, and how often it changed the disk."""
-    job = replace(toy_job(source.parent, make=False), out=tmp_path_factory.mktemp("whole") / "out")
-    count = changes_of(lambda: run(job))
-    return digests(job.out), count
+    """Digests of an uninterrupted run's files, and how often one changes the disk at least.
+
+    The first of a process makes folders for caches, and a slow one saves its residual streams once more.
+    """
+    made = toy_job(source.parent, make=False)
+    jobs = [replace(made, out=tmp_path_factory.mktemp("whole") / "out") for _ in range(3)]
+    counts = [changes_of(partial(run, job)) for job in jobs]
+    return digests(jobs[0].out), min(counts)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
@@ -259,14 +259,18 @@ def build_meta_model(
     return model.eval()
 
 
-def linear_of(model: DeepseekV4ForCausalLMWithMTP, spec: TensorSpec) -> nn.Linear:
-    """The linear with this weight, or the one that stands for it."""
-    name = spec.hf_name.removesuffix(".weight")
-    if spec.expert is not None:
-        name = name.replace(f".experts.{spec.expert}.", f".experts.{spec.expert % model.expert_modules}.")
-    found = model.get_submodule(name)
-    assert isinstance(found, nn.Linear), spec.hf_name
-    return found
+def linears_of(model: DeepseekV4ForCausalLMWithMTP, specs: Iterable[TensorSpec]) -> Iterator[nn.Linear]:
+    """The linears with these weights, or those that stand for them; each is looked up once."""
+    known: dict[str, nn.Linear] = {}
+    for spec in specs:
+        name = spec.hf_name.removesuffix(".weight")
+        if spec.expert is not None:
+            name = name.replace(f".experts.{spec.expert}.", f".experts.{spec.expert % model.expert_modules}.")
+        if name not in known:
+            found = model.get_submodule(name)
+            assert isinstance(found, nn.Linear), spec.hf_name
+            known[name] = found
+        yield known[name]
 
 
 def set_tensor(model: nn.Module, hf_name: str, tensor: torch.Tensor) -> None:

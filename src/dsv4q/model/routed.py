@@ -10,6 +10,7 @@ Shape letters: E experts, N tokens, K experts per token, D hidden_size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,25 +23,34 @@ class Routed:
     Attributes:
         order: I64 [K * N], of the choices [K, N] in that order.
         counts: I64 [E] on the device, tokens of each expert.
-        sizes: the same on the host.
     """
 
     order: Tensor
     counts: Tensor
-    sizes: list[int]
     _tokens: int
 
     @classmethod
     def of(cls, top_k_index: Tensor, experts: int) -> Routed:
-        """Of I64 [N, K]; waits for the device."""
+        """Of I64 [N, K]; waits for no device, as `torch.bincount` would."""
         chosen = top_k_index.T.reshape(-1)
-        counts = torch.bincount(chosen, minlength=experts)
-        return cls(torch.argsort(chosen, stable=True), counts, counts.tolist(), len(top_k_index))
+        counts = chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+        return cls(torch.argsort(chosen, stable=True), counts, len(top_k_index))
 
-    @property
+    @cached_property
+    def sizes(self) -> list[int]:
+        """`counts` on the host. The first to ask waits until the device has come so far."""
+        found: list[int] = self.counts.tolist()
+        return found
+
+    @cached_property
     def rows(self) -> Tensor:
         """I64 [K * N], the token of each choice."""
         return self.order % self._tokens
+
+    def by_expert(self, choices: Tensor, experts: slice) -> tuple[Tensor, ...]:
+        """Views [n, ...] for each of some experts, of something [K * N, ...] in this order."""
+        start, sizes = sum(self.sizes[: experts.start]), self.sizes[experts]
+        return torch.split(choices[start : start + sum(sizes)], sizes)
 
     def added_up(self, parts: Tensor, top_k_weights: Tensor) -> Tensor:
         """[N, D] of what the experts make of `rows`, [K * N, D], which is consumed, and their weights [N, K]."""

@@ -73,16 +73,13 @@ class BlockWorker:
     work: WorkTable
     source: Checkpoint
     batches: Sequence[torch.Tensor]
-    """Token ids I64 [B, S] of each micro-batch."""
+    """Token ids I64 [B, S] of each micro-batch, on the device."""
     streams: ResidualStreams
     device: torch.device
     ranks: Ranks
     handover: Handover
-    to_encode: frozenset[str]
-    """Blocks that are not finished yet."""
     advance: Callable[[str, int], None]
     check_stop: Callable[[], None]
-    _linears: dict[str, BlockLinears] = field(default_factory=dict)
     _inputs: dict[tuple[int, ...], BlockInputs] = field(default_factory=dict)
 
     def process(self, block: LoadedBlock, watch: Stopwatch) -> BlockRecord:
@@ -107,7 +104,7 @@ class BlockWorker:
             self._put_in_place(block, experts=False)
             self._check_finite(block)
         with watch.stage("forward"):
-            self.streams.through("embed", lambda n, _: embed(self.model, self.batches[n].to(self.device)))
+            self.streams.through("embed", lambda n, _: embed(self.model, self.batches[n]))
         record.done.micro_batches = len(self.streams)
         release(self.model.model.embed_tokens)
         self.advance("embed", block.task.device_bytes)
@@ -140,7 +137,6 @@ class BlockWorker:
                 self._settle(block, parts, record)
             for part in parts:
                 self._encode(block, part, record, watch)
-        self._linears.pop(task.name, None)
         release(layer, but=None if in_modules else layer.mlp.experts)
         self.advance(task.name, task.device_bytes - self._in_forward(block) * len(self.streams))
 
@@ -160,13 +156,10 @@ class BlockWorker:
                 set_tensor(self.model, spec.hf_name, block.memory.weight(spec))
 
     def _linears_of(self, block: str) -> BlockLinears:
-        """The linears of a block to be encoded; found once, of the next block while the device computes."""
-        if block not in self._linears:
-            linears = planned_linears(self.model, self.plan.block_tensors(block))
-            stacks = StackLayout.of(linears) if self.plan.experts_in_stacks else None
-            assert stacks is not None or not self.plan.experts_in_stacks or not any(one.spec.expert for one in linears)
-            self._linears[block] = BlockLinears(linears, stacks)
-        return self._linears[block]
+        linears = planned_linears(self.model, self.plan.block_tensors(block))
+        stacks = StackLayout.of(linears) if self.plan.experts_in_stacks else None
+        assert stacks is not None or not self.plan.experts_in_stacks or not any(one.spec.expert for one in linears)
+        return BlockLinears(linears, stacks)
 
     def _check_finite(self, block: LoadedBlock) -> None:
         block.check_finite(self.where)
@@ -193,7 +186,7 @@ class BlockWorker:
         def compute(number: int, streams: torch.Tensor | None) -> torch.Tensor:
             self.check_stop()
             assert streams is not None
-            ids = self.batches[number].to(self.device)
+            ids = self.batches[number]
             out = run_block(self.model, index, streams, ids, self._inputs_of(ids))
             finite.append(torch.isfinite(out).all())
             self.advance(name, self._in_forward(block))
@@ -201,7 +194,6 @@ class BlockWorker:
 
         with routing.watching(self.model.model.layers[index].mlp):
             self.streams.through(name, compute)
-        self._prepare_next(index + 1)
         block.check_finite(self.where, sizes=False)
         self._check_streams(block, torch.stack(finite).tolist() if finite else [])
         self._check_finite(block)
@@ -214,11 +206,6 @@ class BlockWorker:
         if not self.work.is_forward(block.task.name):
             return 0
         return block.task.device_bytes // 2 // max(1, len(self.streams))
-
-    def _prepare_next(self, index: int) -> None:
-        """Look for the next block's linears while the device is busy with this one's forward."""
-        if f"layers.{index}" in self.to_encode:
-            self._linears_of(f"layers.{index}")
 
     def _check_streams(self, block: LoadedBlock, finite: Sequence[bool]) -> None:
         fine = dict(zip(self.streams.mine, finite, strict=True))

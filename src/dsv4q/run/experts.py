@@ -104,17 +104,14 @@ class BatchedExperts:
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens [N, D], their experts I64 [N, K] and weights [N, K] -> [N, D]."""
         routed = Routed.of(top_k_index, self.memory.experts)
-        sizes = routed.sizes
-        assert sum(sizes) == top_k_index.numel()
         self.counts += routed.counts
-        made = hidden_states.new_empty(sum(sizes), hidden_states.shape[1])
-        rows, outs = torch.split(routed.rows, sizes), torch.split(made, sizes)
+        made = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[1])
         ends = torch.stack([_no_ends(self.memory.experts, made.device)] * 2)
         if self.all_tokens:
             ends[0] = torch.stack(torch.aminmax(hidden_states)).to(torch.float32)
-        most = len(hidden_states) if self.all_tokens else max(sizes)
+        most = len(hidden_states) if self.all_tokens else max(routed.sizes)
         for part in self.memory.parts():
-            if not self.all_tokens and not any(sizes[part]):
+            if not self.all_tokens and not any(routed.sizes[part]):
                 continue
             gate_up, down = (self.memory.weights(stack, part).mT for stack in ("gate_up", "down"))
             width = gate_up.shape[-1]
@@ -122,8 +119,10 @@ class BatchedExperts:
             found = _no_ends(len(gate_up), made.device)[..., None].repeat(1, 1, swiglu_parts(most * width))
             # All views of a part at once: what is left to do for each expert has to take less time than the GPU does.
             weights = zip(gate_up[:, 0].unbind(), gate_up[:, 1].unbind(), down[:, 0].unbind(), strict=True)
-            own = (rows[part], outs[part], ends[0, part].unbind(), found.unbind())
-            for of_expert in zip(weights, *own, strict=True):
+            own = (ends[0, part].unbind(), found.unbind())
+            # Last, for it waits for the device the first time.
+            choices = (routed.by_expert(of_all, part) for of_all in (routed.rows, made))
+            for of_expert in zip(weights, *choices, *own, strict=True):
                 self._through(hidden_states, (gate, up), *of_expert)
             ends[1, part] = torch.stack([found[:, 0].amin(-1), found[:, 1].amax(-1)], dim=-1)
         self._observe(ends.to(torch.bfloat16))

@@ -17,7 +17,7 @@ from dsv4q.checkpoint.shards import PlannedTensor
 from dsv4q.config import Activations
 from dsv4q.errors import CalibrationError
 from dsv4q.layout import TensorSpec
-from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, linear_of
+from dsv4q.model.model import DeepseekV4ForCausalLMWithMTP, linears_of
 from dsv4q.model.upstream import scheme_of
 from dsv4q.recipe.schemes import NVFP4
 from dsv4q.run.observers import ExactNvfp4Observer
@@ -147,11 +147,13 @@ class Linears(Protocol):
 
 def planned_linears(model: DeepseekV4ForCausalLMWithMTP, tensors: Iterable[PlannedTensor]) -> tuple[PlannedLinear, ...]:
     """The linears to be encoded among the planned tensors of a block."""
-    planned: dict[TensorSpec, list[PlannedTensor]] = defaultdict(list)
+    planned: dict[str, list[PlannedTensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.encoded:
-            planned[tensor.spec].append(tensor)
-    return tuple(PlannedLinear(spec, linear_of(model, spec), tuple(found)) for spec, found in planned.items())
+            planned[tensor.spec.name].append(tensor)
+    parts = [tuple(found) for found in planned.values()]
+    specs = [found[0].spec for found in parts]
+    return tuple(map(PlannedLinear, specs, linears_of(model, specs), parts))
 
 
 def unusable_scales(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -137,7 +137,7 @@ class BlockLoop:
             self.device,
             shapes,
             share.among(len(shapes)),
-            on_device=self.gpu is None or self.gpu.keeps_streams,
+            on_gpu=self.gpu is not None and self.gpu.keeps_streams,
         )
 
     def run(self) -> None:
@@ -151,7 +151,7 @@ class BlockLoop:
         tasks = [*self._again(), *self._todo()]
         with prompt_threads(), Handover(self.writer, self.device) as handover, Behind(1, 1) as ahead:
             ahead.put(partial(warm_up, self.device))
-            worker = self._worker(handover, frozenset(task.name for task in tasks if task.encode))
+            worker = self._worker(handover)
             loader = self._loader(worker)
             with loader.blocks(tasks, self.check_stop) as blocks:
                 for task in tasks:
@@ -191,10 +191,12 @@ class BlockLoop:
     def _batches(self) -> tuple[torch.Tensor, ...]:
         return () if self.data is None else self.data.batches
 
-    def _worker(self, handover: Handover, to_encode: frozenset[str]) -> BlockWorker:
+    def _worker(self, handover: Handover) -> BlockWorker:
+        # A copy to the device for every block and micro-batch would wait each time until the device has come so far.
+        batches = [ids.to(self.device) for ids in self._batches]
         return BlockWorker(
-            self.model, self.plan, self.work, self.source, self._batches, self._streams, self.device, self.ranks,
-            handover, to_encode, self.advance, self.check_stop,
+            self.model, self.plan, self.work, self.source, batches, self._streams, self.device, self.ranks,
+            handover, self.advance, self.check_stop,
         )  # fmt: skip
 
     def _loader(self, worker: BlockWorker) -> Loader:

@@ -19,7 +19,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.observers.min_max import MemorylessMinMaxObserver, StaticMinMaxObserver
 from torch import Tensor
 
-from dsv4q.formats.convert import Each, bf16_to_nvfp4, mxfp4_to_nvfp4
+from dsv4q.formats.convert import Each, Nvfp4, bf16_to_nvfp4, mxfp4_to_nvfp4
 from dsv4q.formats.encode import E2M1_MAX, E4M3_MAX, NVFP4_GROUP
 from dsv4q.formats.exact import nvfp4_scales
 from dsv4q.formats.kernels import nvfp4_encode_measured
@@ -102,22 +102,37 @@ class StackedLinears:
     # ----------------------------------------------------------------------------------------------------- encoding
 
     def encoded(self, mine: Collection[str]) -> Iterator[EncodedLinears]:
-        """See `Linears.encoded`; a rank has a run of experts."""
+        """See `Linears.encoded`; a rank has a run of experts.
+
+        Whether some are exact is asked once the next are under way: the answer waits its turn among the copies to the
+        host, and who waits for it starts nothing.
+        """
         memory, stacks = self.experts.memory, self.layout.linears
         elements = max(len(part) // memory.experts * math.prod(part[0].spec.shape) for part in stacks.values())
         step = min(memory.step, max(1, BATCH_ELEMENTS[memory.device.type] // elements))
         owned = [n for n in range(memory.experts) if stacks["down"][n].spec.name in mine]
         threads = torch.get_num_threads()
         together = max(step, min(threads, CONVERTED_TOGETHER)) if self._converts else step
+        before: _Begun | None = None
         with ThreadPoolExecutor(threads, thread_name_prefix="dsv4q-convert") as pool:
             for start in owned[::together]:
                 experts = slice(start, min(start + together, owned[-1] + 1))
                 for name in stacks:
-                    found = self._converted(name, experts, pool.map) or [
-                        self._encode(name, some) for some in _cut(experts, step)
-                    ]
-                    memory.release(name, experts.stop)
-                    yield from found
+                    converted = self._converted(name, experts, pool.map)
+                    if converted:
+                        memory.release(name, experts.stop)
+                        yield from converted
+                        continue
+                    for some in _cut(experts, step):
+                        if before is not None and before.stack == name:  # whose weights may not outlast this
+                            yield self._finished(before)
+                            before = None
+                        begun = self._begin(name, some)
+                        if before is not None:
+                            yield self._finished(before)
+                        before = begun
+            if before is not None:
+                yield self._finished(before)
 
     @property
     def _converts(self) -> bool:
@@ -136,20 +151,35 @@ class StackedLinears:
         def part(some: slice) -> EncodedLinears:
             here = slice(some.start - experts.start, some.stop - experts.start)
             if not bool(found.exact[here].all()):
-                return self._encode(name, some)
+                return self._encoded(self._begin(name, some))
             scales = found.block_scale[here], found.global_scale[here]
             return self._as_stored(name, some, found.packed[here], *scales, found.sums[here])
 
         return [part(some) for some in ([experts] if bool(found.exact.all()) else _cut(experts, 1))]
 
-    def _encode(self, name: str, experts: slice) -> EncodedLinears:
-        weight, first = self.experts.memory.weights(name, experts), self.layout.linears[name][0]
+    def _begin(self, name: str, experts: slice) -> _Begun:
+        weight = self.experts.memory.weights(name, experts)
+        straight = bf16_to_nvfp4(weight) if self.layout.linears[name][0].is_exact else None
+        if straight is None:
+            return _Begun(name, experts, weight, None)
+        exact = straight.exact.all().to("cpu", non_blocking=True)
+        known = torch.cuda.current_stream(weight.device).record_event() if weight.is_cuda else None
+        return _Begun(name, experts, weight, straight, exact, known)
+
+    def _finished(self, begun: _Begun) -> EncodedLinears:
+        """Once they are encoded nothing more will be done with their weights."""
+        found = self._encoded(begun)
+        self.experts.memory.release(begun.stack, begun.experts.stop)
+        return found
+
+    def _encoded(self, begun: _Begun) -> EncodedLinears:
+        name, experts, weight, straight = begun.stack, begun.experts, begun.weight, begun.straight
+        if straight is not None and begun.is_exact():
+            return self._as_stored(
+                name, experts, straight.packed, straight.block_scale, straight.global_scale, straight.sums
+            )
+        first = self.layout.linears[name][0]
         if first.is_exact:
-            straight = bf16_to_nvfp4(weight)
-            if straight is not None and bool(straight.exact.all()):
-                return self._as_stored(
-                    name, experts, straight.packed, straight.block_scale, straight.global_scale, straight.sums
-                )
             found = nvfp4_scales(weight)
             block_scale, global_scale = found.block_scale, found.global_scale
         else:
@@ -179,6 +209,27 @@ class StackedLinears:
             scales = [self._input_scales[projection][experts] for projection in projections]
             stored["input_global_scale"] = torch.stack(scales, dim=1).reshape(-1, 1)
         return EncodedLinears(linears, stored, sums.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Experts of a stack on which the device is at work."""
+
+    stack: str
+    experts: slice
+    weight: Tensor
+    straight: Nvfp4 | None
+    """What they are if all of them are exact; None: they have to go the ordinary way."""
+    _exact: Tensor | None = None
+    """Whether they are, BOOL [] of the host."""
+    _known: torch.cuda.Event | None = None
+    """From when on it is."""
+
+    def is_exact(self) -> bool:
+        """Waits until it is known."""
+        if self._known is not None:
+            self._known.synchronize()
+        return bool(self._exact)
 
 
 def _cut(experts: slice, step: int) -> Iterator[slice]:
