@@ -150,14 +150,14 @@ def test_native_experts_on_bounds_are_converted_on_their_bytes_as_by_way_of_bf16
 ) -> None:
     config = parse_config(with_bounds(toy_job(tmp_path, make=False).config))
     wide: list[str] = []
-    real = StackedLinears._encode
+    real = StackedLinears._encoded
 
-    def encode(self: StackedLinears, name: str, experts: slice) -> EncodedLinears:
-        found = real(self, name, experts)
+    def encoded(self: StackedLinears, begun: Any) -> EncodedLinears:
+        found = real(self, begun)
         wide.extend(linear.spec.module for linear in found.linears)
         return found
 
-    monkeypatch.setattr(StackedLinears, "_encode", encode)
+    monkeypatch.setattr(StackedLinears, "_encoded", encoded)
     converted = run(Job(native, tmp_path / "converted", config, device="cpu"))
     assert wide == ["layers.1.ffn.experts.2.w2"]
     monkeypatch.setattr(StackedLinears, "_converted", lambda *_: [])
