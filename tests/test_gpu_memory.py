@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsv4q.__main__ import main
 from dsv4q.checkpoint.headers import TensorEntry
@@ -20,7 +21,8 @@ from dsv4q.made_up.native import native_form, stored_specs
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.plan.needs import CUDA_BYTES, Estimate, GpuUse
 from dsv4q.plan.plan import Plan, make_plan
-from runs import CONFIGS, FLASH
+from dsv4q.quantize import Job
+from runs import CONFIGS, FLASH, finished_files, run, toy_job
 
 PRO = {
     "hidden_size": 7168, "moe_intermediate_size": 3072, "n_routed_experts": 384, "num_attention_heads": 128,
@@ -98,6 +100,40 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu") / "source"
     write_toy(folder, ToyConfig(), 0, native_form())
     return folder
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Without a GPU experts are decoded part by part, but residual streams have nowhere else to be."""
+
+WAYS = {
+    "with room": GpuUse(memories=1, experts=8, keeps_streams=True, nbytes=0),
+    "streams on the host": GpuUse(memories=1, experts=8, keeps_streams=False, nbytes=0),
+    "three experts at a time": GpuUse(memories=2, experts=3, keeps_streams=False, nbytes=0),
+    "and one memory": GpuUse(memories=1, experts=3, keeps_streams=False, nbytes=0),
+}
+
+
+def made(toy: Path, out: Path, way: str) -> dict[str, bytes]:
+    """Files of a run over four micro-batches that uses a GPU in one of these ways."""
+    config = toy_job(toy.parent, make=False).config
+    assert config.calibration is not None
+    config = config.model_copy(update={"calibration": config.calibration.model_copy(update={"micro_batch": 2})})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv4q.quantize.run_device", lambda *_: (DEVICE, WAYS[way]))
+        run(Job(toy, out, config, device=DEVICE.type))
+    return {name: (out / name).read_bytes() for name in finished_files(out)}
+
+
+@pytest.fixture(scope="module")
+def with_room(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return made(toy, tmp_path_factory.mktemp("room") / "out", "with room")
+
+
+@pytest.mark.parametrize("way", list(WAYS)[1:])
+def test_every_way_to_use_a_gpu_gives_the_same_bytes(
+    toy: Path, with_room: dict[str, bytes], tmp_path: Path, way: str
+) -> None:
+    assert made(toy, tmp_path / "out", way) == with_room
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
