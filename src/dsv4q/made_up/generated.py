@@ -189,7 +189,10 @@ class GeneratedCheckpoint(Checkpoint):
     @cached_property
     def every_kind(self) -> tuple[Kind, ...]:
         """Kinds of all pools."""
-        return tuple({extent.kind: None for name in self.specs for extent in self.extents(name)})
+        # Only of an FP8 tensor the pieces are of several kinds; looking at those of all would take a second.
+        on_fp8 = [name for name, kind in self.kinds.items() if kind.name == FP8_GRID]
+        others = dict.fromkeys(kind for kind in self.kinds.values() if kind.name != FP8_GRID)
+        return tuple(others | {extent.kind: None for name in on_fp8 for extent in self.extents(name)})
 
     @property
     def pool_bytes(self) -> int:
