@@ -378,7 +378,7 @@ def require_weights(checkpoint: Checkpoint) -> None:
     """
     if not checkpoint.has_weights:
         raise SourceError(
-            "The source has no safetensors files",
+            "There are no safetensors files",
             where=checkpoint.root,
-            hint="`dsv4q plan` works from a config.json alone; `dsv4q quantize` needs the weights",
+            hint="`dsv4q plan` works from a config.json alone; everything else needs the weights",
         )

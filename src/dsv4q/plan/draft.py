@@ -108,7 +108,7 @@ class DraftForm:
                 where="draft.keep",
                 expected="a source with MTP or DSpark, as its config.json says",
                 found="neither num_nextn_predict_layers nor dspark_* keys",
-                hint="take a config with draft: {keep: false}",
+                hint="take a config with draft: {keep: false}, such as --config nvfp4-fp8",
             )
             return
         label = DRAFTS[kind].label
