@@ -12,7 +12,7 @@ import torch
 
 from dsv4q.__main__ import main
 from dsv4q.checkpoint.headers import TensorEntry
-from dsv4q.checkpoint.native import as_source
+from dsv4q.checkpoint.native import as_source, open_source
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import load_config
 from dsv4q.console import bytes_of
@@ -150,6 +150,18 @@ def test_plan_says_what_a_gpu_of_the_users_size_will_do(toy: Path, capsys: pytes
     code, said = planned(capsys, "plan", toy, "--config", CONFIGS / "toy.yaml", "--gpu-memory", "16GB")
     assert code == 0
     assert "GPU        of 16.00 GB: " in said and "experts at a time are decoded from their packed form" in said
+
+
+def test_plan_says_where_residual_streams_are_with_so_many_ranks(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text((CONFIGS / "toy.yaml").read_text().replace("micro_batch: 4", "micro_batch: 1"))
+    ways = make_plan(open_source(toy), load_config(config)).estimate.gpu
+    without = next(use for use in ways if not use.keeps_streams).nbytes + CUDA_BYTES
+    for ranks, where in ((1, "residual streams in host memory"), (4, "residual streams stay there")):
+        code, said = planned(capsys, "plan", toy, "--config", config, "--gpu-memory", without, "--ranks", ranks)
+        assert code == 0 and where in said
 
 
 @pytest.mark.parametrize("command", ["plan", "quantize"])
