@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4q.checkpoint.native import MXFP4, release_form
-from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan
+from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, balanced_shards
 from dsv4q.checkpoint.source import scan
 from dsv4q.formats.dtypes import E2M1_VALUES
 from dsv4q.formats.encode import fp8_block_encode
@@ -146,13 +145,9 @@ def _shards(specs: Sequence[TensorSpec], native: bool) -> list[PlannedShard]:
         ]
         files = min(FILES_OF_A_LAYER if block.startswith("layers.") else 1, len(tensors))
         tensors.sort(key=lambda t: t.name)
-        ends = list(accumulate(t.nbytes for t in tensors))
-        file_of = [min(files - 1, (end - 1) * files // ends[-1]) for end in ends]
-        for i in range(files):
-            some = [tensor for tensor, file in zip(tensors, file_of, strict=True) if file == i]
-            if some:
-                some.sort(key=lambda t: (t.dtype, t.name))
-                shards.append(PlannedShard.of(f"{block}-{i}.safetensors", some))
+        for i, cut in enumerate(balanced_shards(tensors, files)):
+            by_dtype = sorted(cut.tensors, key=lambda t: (t.dtype, t.name))
+            shards.append(PlannedShard.of(f"{block}-{i}.safetensors", by_dtype))
     return shards
 
 

@@ -80,17 +80,14 @@ def fill(handle: int, buffers: Sequence[memoryview], offset: int, where: Path) -
     Raises:
         SourceError: the disk fails.
     """
-    done, rest = 0, deque(buffer for buffer in buffers if len(buffer))
+    done, left = 0, deque(buffer for buffer in buffers if buffer)
     try:
-        while rest:
-            count = os.preadv(handle, list(islice(rest, BUFFERS)), offset + done)
+        while left:
+            count = os.preadv(handle, list(islice(left, BUFFERS)), offset + done)
             if count == 0:
                 break
             done += count
-            while rest and count >= len(rest[0]):
-                count -= len(rest.popleft())
-            if count:
-                rest[0] = rest[0][count:]
+            _pass(left, count)
     except OSError as error:
         raise SourceError("Reading the checkpoint failed", where=where, found=error, hint="check the disk") from error
     return done
@@ -132,10 +129,15 @@ def write_at(handle: int, views: Iterable[memoryview], offset: int) -> None:
     while left:
         written = os.pwritev(handle, left, offset)
         offset += written
-        while left and written >= len(left[0]):
-            written -= len(left.popleft())
-        if written:
-            left[0] = left[0][written:]
+        _pass(left, written)
+
+
+def _pass(left: deque[memoryview], count: int) -> None:
+    """Take so many bytes off what is left."""
+    while left and count >= len(left[0]):
+        count -= len(left.popleft())
+    if count:
+        left[0] = left[0][count:]
 
 
 @contextmanager

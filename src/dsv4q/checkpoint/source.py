@@ -34,7 +34,7 @@ from dsv4q.checkpoint.folder import (
 from dsv4q.checkpoint.headers import MAX_HEADER, Findings, TensorEntry, read_shard, shown
 from dsv4q.checkpoint.reading import OpenFiles
 from dsv4q.errors import SourceError, WeightError, command, first_problem
-from dsv4q.formats.dtypes import torch_dtypes
+from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
 from dsv4q.layout import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -176,10 +176,8 @@ class Checkpoint:
         whole = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
         found, wanted = [], []
         for row, part in zip(rows, torch.split(whole, sizes), strict=True):
-            nbytes = row[0].nbytes
-            there = part[: len(row) * nbytes]
-            buffer = there.numpy().data
-            wanted += [(e.name, buffer[i * nbytes : (i + 1) * nbytes]) for i, e in enumerate(row)]
+            there = part[: len(row) * row[0].nbytes]
+            wanted += stacked([entry.name for entry in row], there)
             found.append(there.view(torch_dtypes()[row[0].dtype]).view(len(row), *row[0].shape))
         self.read_many(wanted)
         return found
@@ -288,6 +286,13 @@ class Checkpoint:
         if name not in self.tensors:
             raise SourceError("The checkpoint has no such tensor", where=f"{self.root}: {shown(name)}")
         return self.tensors[name]
+
+
+def stacked(names: Sequence[str], stack: torch.Tensor) -> list[tuple[str, memoryview]]:
+    """Where `Checkpoint.read_many` reads each of T tensors of one size into a stack [T, ...] on the host."""
+    whole = tensor_bytes(stack)
+    nbytes = len(whole) // len(names)
+    return [(name, whole[index * nbytes : (index + 1) * nbytes]) for index, name in enumerate(names)]
 
 
 def _sample_extents(begin: int, end: int) -> list[tuple[int, int]]:

@@ -230,28 +230,23 @@ class Loader:
     def _pieces(self, task: BlockTask) -> list[Piece]:
         """What is read for a block, experts in their order."""
         found: list[Piece] = []
-        experts: dict[int | None, list[TensorWork]] = {}
+        experts: dict[int, list[TensorWork]] = {}
         for work in filter(task.reads, task.work):
             if _is_experts(work):
-                experts.setdefault(work.spec.expert, []).append(work)
+                experts.setdefault(place_of(work.spec)[1], []).append(work)
             else:
                 found.append(((work,),))
         run: list[list[TensorWork]] = []
-        for expert in experts.values():
-            nbytes = (len(run) + 1) * sum(work.source_bytes for work in expert)
-            if run and not (nbytes <= TOGETHER and self._follows(run[-1], expert)):
+        last: object = None
+        for expert, works in experts.items():
+            kind = [(place_of(work.spec)[::2], stored_kind(self.source, work.spec.name)) for work in works]
+            nbytes = (len(run) + 1) * sum(work.source_bytes for work in works)
+            if run and (last != (expert - 1, kind) or nbytes > TOGETHER):
                 found.append(tuple(zip(*run, strict=True)))
                 run = []
-            run.append(expert)
+            run.append(works)
+            last = expert, kind
         return [*found, tuple(zip(*run, strict=True))] if run else found
-
-    def _follows(self, before: Sequence[TensorWork], expert: Sequence[TensorWork]) -> bool:
-        """Whether weights are those of the next expert, and stored as those of the one before are."""
-
-        def kinds(works: Sequence[TensorWork]) -> list[object]:
-            return [(place_of(w.spec)[::2], stored_kind(self.source, w.spec.name)) for w in works]
-
-        return expert[0].spec.expert == (before[0].spec.expert or 0) + 1 and kinds(before) == kinds(expert)
 
     def _read(self, piece: Piece) -> Rows:
         """A piece on the host; as it lies in the files if it is computed with and its BF16 bytes are not written."""

@@ -102,37 +102,40 @@ class StackedLinears:
     # ----------------------------------------------------------------------------------------------------- encoding
 
     def encoded(self, mine: Collection[str]) -> Iterator[EncodedLinears]:
-        """See `Linears.encoded`; a rank has a run of experts.
-
-        Whether some are exact is asked once the next are under way: the answer waits its turn among the copies to the
-        host, and who waits for it starts nothing.
-        """
+        """See `Linears.encoded`; a rank has a run of experts."""
         memory, stacks = self.experts.memory, self.layout.linears
         elements = max(len(part) // memory.experts * math.prod(part[0].spec.shape) for part in stacks.values())
         step = min(memory.step, max(1, BATCH_ELEMENTS[memory.device.type] // elements))
         owned = [n for n in range(memory.experts) if stacks["down"][n].spec.name in mine]
-        threads = torch.get_num_threads()
-        together = max(step, min(threads, CONVERTED_TOGETHER)) if self._converts else step
+        run = slice(owned[0], owned[-1] + 1) if owned else slice(0, 0)
+        return self._converted_by_threads(run, step) if self._converts else self._one_ahead(run, step)
+
+    def _one_ahead(self, run: slice, step: int) -> Iterator[EncodedLinears]:
+        """Some of either stack in turn. Whether they are exact is asked once the next are under way.
+
+        The answer waits its turn among the copies to the host, and who waits for it starts nothing.
+        """
         before: _Begun | None = None
+        for experts in _cut(run, step):
+            for name in self.layout.linears:
+                begun = self._begin(name, experts)
+                if before is not None:
+                    yield self._finished(before)
+                before = begun
+        if before is not None:
+            yield self._finished(before)
+
+    def _converted_by_threads(self, run: slice, step: int) -> Iterator[EncodedLinears]:
+        """As many at a time as there are threads; what cannot be converted, `step` at a time."""
+        threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads, thread_name_prefix="dsv4q-convert") as pool:
-            for start in owned[::together]:
-                experts = slice(start, min(start + together, owned[-1] + 1))
-                for name in stacks:
-                    converted = self._converted(name, experts, pool.map)
-                    if converted:
-                        memory.release(name, experts.stop)
-                        yield from converted
-                        continue
-                    for some in _cut(experts, step):
-                        if before is not None and before.stack == name:  # whose weights may not outlast this
-                            yield self._finished(before)
-                            before = None
-                        begun = self._begin(name, some)
-                        if before is not None:
-                            yield self._finished(before)
-                        before = begun
-            if before is not None:
-                yield self._finished(before)
+            for experts in _cut(run, max(step, min(threads, CONVERTED_TOGETHER))):
+                for name in self.layout.linears:
+                    found = self._converted(name, experts, pool.map) or [
+                        self._encoded(self._begin(name, some)) for some in _cut(experts, step)
+                    ]
+                    self.experts.memory.release(name, experts.stop)
+                    yield from found
 
     @property
     def _converts(self) -> bool:
@@ -143,7 +146,7 @@ class StackedLinears:
 
     def _converted(self, name: str, experts: slice, each: Each) -> list[EncodedLinears]:
         """Experts of a stack, made of their bytes; one that is not exact, of its numbers. Empty if that cannot be."""
-        stored = self.experts.memory.stored(name, experts) if self._converts else None
+        stored = self.experts.memory.stored(name, experts)
         if stored is None or stored[0].dtype is torch.float8_e4m3fn:
             return []
         found = mxfp4_to_nvfp4(*stored, each)

@@ -6,12 +6,13 @@ as one stack; on a CPU a thread goes through its linears, in tiles that stay in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dsv4q.checkpoint.native import MXFP4, NativeCheckpoint, entries_of
+from dsv4q.checkpoint.source import stacked
 from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.error import TensorError
@@ -149,7 +150,7 @@ class _Piece:
             names = [f"{spec.module}.{suffix}" for spec in specs]
             header = case.sound[names[0]]
             self.host[suffix] = self._empty(suffix, header.dtype, header.shape, pinned=pinned)
-            wanted += _places(names, self.host[suffix])
+            wanted += stacked(names, self.host[suffix])
         case.artifact.read_many(wanted)
         if is_packed(case, specs[0]):
             assert isinstance(source, NativeCheckpoint)
@@ -158,7 +159,7 @@ class _Piece:
                 self._empty(number, part[0].dtype, part[0].shape, pinned=pinned) for number, part in enumerate(parts)
             )
             names_of = ([entry.name for entry in part] for part in parts)
-            source.on_disk.read_many([p for pair in zip(names_of, self.packed, strict=True) for p in _places(*pair)])
+            source.on_disk.read_many([p for pair in zip(names_of, self.packed, strict=True) for p in stacked(*pair)])
         else:
             self.weights = [source.fetched(spec.name, pinned=pinned) for spec in specs]
 
@@ -235,9 +236,3 @@ def is_packed(case: Case, spec: TensorSpec) -> bool:
     if not isinstance(source, NativeCheckpoint) or spec.name not in source.quantized:
         return False
     return (source.quantized[spec.name].form == MXFP4) == (scheme.format == NVFP4) and scheme.format in (NVFP4, FP8)
-
-
-def _places(names: Sequence[str], stack: Tensor) -> Iterator[tuple[str, memoryview]]:
-    """Where each of some tensors of one dtype and shape is read into, a stack [T, ...] of them."""
-    rows = stack.view(len(names), -1).view(torch.uint8).numpy()
-    return ((name, row.data) for name, row in zip(names, rows, strict=True))
