@@ -1,7 +1,7 @@
 """How fast `dsv4q export` writes, both ways, as a share of what the disk takes at most.
 
-    python scripts/bench_export.py WORK [--made FOLDER] [--layers 4] [--experts N] [--width full|toy] [--device cuda]
-        [--gigabytes 6] [--repeat 1] [--profile]
+    python scripts/bench_export.py WORK [--made FOLDER] [--layers 4] [--experts N] [--width full|pro|toy]
+        [--device cuda] [--gigabytes 6] [--repeat 1] [--profile]
 
 Makes a native source of K layers of the real width (3.6 GB each) and its artifact by the bounds, without data, in
 FOLDER (else WORK) unless they are there; exports it to ModelOpt's layout in WORK, and that back. Just before and after
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--made", type=Path, help="where source and artifact are or are to be made")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, help="of a layer, if not all")
-    parser.add_argument("--width", choices=("full", "toy"), default="full")
+    parser.add_argument("--width", choices=("full", "pro", "toy"), default="full")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--gigabytes", type=float, default=6.0, help="written to find what the disk takes")
     parser.add_argument("--repeat", type=int, default=1)

@@ -3,7 +3,7 @@
     python scripts/bench_layer.py WORK [--layers 3] [--samples 64] [--length 512] [--micro-batch 8] [--device cuda]
         [--config nvfp4-fp8-mtp] [--source FOLDER] [--only ceilings,stock,sink,files]
         [--stock-batches 1,8] [--stock-layers K] [--double] [--profile] [--twin] [--verify] [--json FILE]
-        [--width full|toy] [--native] [--ranks 1,2,4] [--gpu-memory BYTES]
+        [--width full|pro|toy] [--native] [--ranks 1,2,4] [--gpu-memory BYTES]
 
 Makes a source of K layers of the real width (hidden 4096, 256 experts of 2048; 13.2 GB of BF16 each; weights on the
 MXFP4 and FP8 grids) in WORK/source, or FOLDER, unless it is there, and lets all parts work on the same files, each in
@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("work", type=Path)
     add_settings(parser)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--width", choices=("full", "toy"), default="full")
+    parser.add_argument("--width", choices=("full", "pro", "toy"), default="full")
     parser.add_argument("--source", type=Path, help="where the source is or is to be made")
     parser.add_argument("--only", default=",".join(PARTS), help="comma list of " + ", ".join(PARTS))
     parser.add_argument("--no-stock", action="store_true")
@@ -132,14 +132,14 @@ def sources(options: argparse.Namespace) -> dict[int, Path]:
     return {n: whole if n == there else first_layers(whole, whole.with_name(f"{whole.name}-{n}"), n) for n in wanted}
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Where and with what this runs."""
-    gpu = torch.cuda.get_device_name() if options.device.startswith("cuda") else "none"
+def machine(script: str, device: str) -> dict[str, Any]:
+    """Where and with what this script runs."""
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else "none"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     names = ("torch", "transformers", "llmcompressor", "compressed-tensors")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": "python scripts/bench_layer.py WORK " + " ".join(sys.argv[2:]),
+        "command": f"python scripts/{script} WORK " + " ".join(sys.argv[2:]),
         "machine": f"GPU: {gpu}; {len(os.sched_getaffinity(0))} cores, {memory:.0f} GB; {platform.machine()}",
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in names),
     }
@@ -199,8 +199,8 @@ def as_line(measured: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     options = parse()
-    found: dict[str, Any] = {**machine(options), "layers": options.layers, "samples": options.samples,
-                             "length": options.length, "micro_batch": options.micro_batch}  # fmt: skip
+    settled = {name: getattr(options, name) for name in ("layers", "samples", "length", "micro_batch")}
+    found: dict[str, Any] = {**machine("bench_layer.py", options.device), **settled}
     failed = []
     for name, measure in parts(options):
         try:

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from typing import Any
@@ -41,8 +42,16 @@ def dimensions(width: str, layers: int) -> ToyConfig:
     """Layers are sliding, ratio 4 and ratio 128 in turn, the first of them routed by hash; no MTP, which is copied.
 
     Args:
-        width: `full`, that of DeepSeek-V4-Flash (13.2 GB of BF16 a layer) with a small vocabulary, or `toy`.
+        width: `full`, that of DeepSeek-V4-Flash (13.2 GB of BF16 a layer) with a small vocabulary; `pro`, that of
+            DeepSeek-V4-Pro (51 GB), which has no sliding layers; or `toy`.
     """
+    if width == "pro":
+        flash = dimensions("full", layers)
+        return replace(
+            flash, hidden_size=7168, moe_intermediate_size=3072, n_routed_experts=384, num_attention_heads=128,
+            q_lora_rank=1536, o_groups=16, index_topk=1024,
+            compress_ratios=tuple((4, 128)[i % 2] for i in range(layers)),
+        )  # fmt: skip
     ratios = tuple((0, 4, 128)[i % 3] for i in range(layers))
     if width == "toy":
         return ToyConfig(compress_ratios=ratios, num_hash_layers=1, num_nextn_predict_layers=0)
