@@ -23,9 +23,10 @@ a process of its own; its command and what it found are a line of JSON as soon a
     writes        bench_writes.py --whole: the disk's share of rehearse
 
 With `--before` each line that the older version has is measured with its `src` and `scripts` too, on fewer layers, for
-it takes longer. Seconds a layer are the difference between two runs of different numbers of layers, or the mean of
-the last three of one run where it says when each was done. Beside what is written the disk alone is measured
-(ceilings.py), before and after. `--cores` limits all but `ranks` to so many cores.
+it takes longer. Seconds a layer are the difference between two runs of different numbers of layers. Where one run says
+when each layer was done they are the mean of its last three, or of all but the first if they are written: the disk has
+several at once. Beside what is written the disk alone is measured (ceilings.py), before and after. `--cores` limits all
+but `ranks` to so many cores.
 """
 
 from __future__ import annotations
@@ -207,7 +208,8 @@ def quantizing(line: str, bench: Bench, version: Version, source: Path, *flags: 
                        ranks=ranks)  # fmt: skip
     fresh(out)
     walls = [layer["wall"] for layer in layers_of(run)]
-    last = walls[1:][-3:] or walls
+    # Blocks become durable several at once, whose shard is whole then: only over many is that a rate.
+    last = walls[1:] if files else walls[1:][-3:]
     seconds = sum(last) / len(last)
     figures: Found = {"layers": walls, "seconds_a_layer": seconds, "peak": run["peak_memory"]}
     if before is not None:

@@ -8,6 +8,7 @@ and leaves OUT as it is then.
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -39,6 +40,10 @@ def watch(*, stop: bool) -> None:
 def main() -> None:
     stop = sys.argv[1:2] == ["--stop"]
     sys.argv = ["dsv4q", *sys.argv[1 + stop :]]
+    import dsv4q.host
+
+    if hasattr(dsv4q.host, "quick_beginning"):
+        gc.disable()  # as the command does before it imports anything large
     import dsv4q.rehearse
 
     watch(stop=stop)

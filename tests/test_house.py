@@ -45,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "report": (*_BELOW_PLAN, "engines", "plan", "verify"),
     **dict.fromkeys(_STORIES, _ROOMS),
     "cli": (*_ROOMS, *_STORIES),
-    "__main__": ("cli", "console", "errors"),
+    "__main__": ("cli", "console", "errors", "host"),
     "__init__": (),
 }
 """Room -> the rooms that it may import from besides itself. A top-level file is a room of its own."""

@@ -157,3 +157,29 @@ def test_bench_export_exports_both_ways_and_leaves_only_what_it_made(tmp_path: P
         assert one["gigabytes_per_second"] > 0 and one["share_of_before"] > 0 and one["share_of_after"] > 0
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["artifact", "source"]
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_whole_commands_are_measured_in_turns_with_those_of_another_checkout(work: Path) -> None:
+    lines = ("--only", "dequantize-cpu,start", "--layers", 1, "--gigabytes", 0.002)
+    settled = ("--width", "toy", "--device", "cpu", "--samples", 2, "--length", 32, "--before", SCRIPTS.parent)
+    text = run_script(
+        "bench_commands.py", work / "disk", "--made", work / "made", *lines, *settled, "--json", work / "commands.json"
+    )
+    found = json.loads((work / "commands.json").read_text())
+    measured = ["dequantize-cpu now", "start now", "start before"]
+    assert [f"{one['line']} {one['version']}" for one in found] == measured
+    assert found[0]["command"].startswith(f"dsv4q dequantize {work / 'made' / 'source-1'} ")
+    assert all(one["wall"] > 0 for one in found) and "| start | before |" in text
+    assert [path.name for path in (work / "disk").iterdir()] == ["model"]
+
+
+def test_the_beginning_of_a_command_is_told_moment_by_moment(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(ToyConfig().as_config_json()))
+    line = ["rehearse", tmp_path / "out", "--source", tmp_path / "model", "--config", CONFIGS / "toy.yaml"]
+    command = [sys.executable, SCRIPTS / "bench_start.py", "--stop", *line, "--device", "cpu", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    moments = [line.partition(" s: ") for line in done.stderr.splitlines() if " s: " in line]
+    assert [name for _, _, name in moments] == ["imports", "plan, data and made-up source", "first layer's forward"]
+    assert [float(seconds) for seconds, _, _ in moments] == sorted(float(seconds) for seconds, _, _ in moments)
+    assert done.stdout == ""

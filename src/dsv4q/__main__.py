@@ -10,6 +10,7 @@ from typing import NoReturn
 from dsv4q.cli.app import app
 from dsv4q.console import Console, Mode, Running, open_standard_streams
 from dsv4q.errors import DiskError, Dsv4qError, Interrupted
+from dsv4q.host import quick_beginning
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,7 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
     open_standard_streams()
     try:
-        app(args=arguments)
+        with quick_beginning():
+            app(args=arguments)
     except Dsv4qError as error:
         _fail(error)
     except KeyboardInterrupt:
