@@ -61,7 +61,7 @@ def test_no_more_threads_read_than_are_allowed_and_all_get_their_turn() -> None:
 
 def loader_of(device: str) -> Loader:
     nothing: Any = None
-    return Loader(nothing, torch.device(device), 1, nothing, 1, nothing, nothing, nothing)
+    return Loader(nothing, torch.device(device), 1, nothing, 1, nothing, nothing)
 
 
 def block(*, experts: bool) -> LoadedBlock:

@@ -35,6 +35,7 @@ from dsv4q.made_up.packed import PackedCheckpoint
 from dsv4q.plan.needs import Estimate, gpu_problem
 from dsv4q.plan.plan import Plan, make_plan, with_problem
 from dsv4q.plan.small_files import write_small_files
+from dsv4q.plan.work import WorkTable
 from dsv4q.report.build import build_report
 from dsv4q.run.calibration import data_wanted, load_data
 from dsv4q.run.dropping import Dropping
@@ -251,10 +252,12 @@ def _estimate(plan: Plan, weights: Weights, rehearsal: Rehearsal) -> Estimate:
 def _disk(plan: Plan) -> int:
     """Bytes of the shards that are on disk together at most, and of the residual streams.
 
-    While a block is made durable the next one is written already; shards between those two are open. Besides, one
-    shard is judged and another waits.
+    Blocks that are copied are written together with the first. While a block is made durable the next one is written
+    already; shards between those two are open. Besides, one shard is judged and another waits.
     """
-    number = {block: i for i, block in enumerate(plan.blocks)}
+    first = {"embed", *WorkTable(plan).copied}
+    number = dict.fromkeys(first, 0)
+    number |= {block: i for i, block in enumerate((b for b in plan.blocks if b not in first), 1)}
     spans = [({number[t.block] for t in shard.tensors}, shard.nbytes) for shard in plan.shards]
     together = max(
         sum(nbytes for blocks, nbytes in spans if min(blocks) <= i + 1 and max(blocks) >= i)

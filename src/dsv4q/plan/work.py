@@ -79,6 +79,12 @@ class WorkTable:
         """Whether the calibration tokens go through this block."""
         return self.plan.estimate.calibration_tokens > 0 and (block == "embed" or block.startswith("layers."))
 
+    @cached_property
+    def copied(self) -> tuple[str, ...]:
+        """Blocks that the artifact has and with none of whose tensors anything is computed; they are copied first."""
+        tensors = {block: self.plan.block_tensors(block) for block in self.plan.blocks if not self.is_forward(block)}
+        return tuple(block for block, some in tensors.items() if some and not any(t.encoded for t in some))
+
     def _own(self, block: str, specs: Sequence[TensorSpec]) -> Iterator[TensorWork]:
         """The block's own tensors."""
         made: dict[str, list[PlannedTensor]] = defaultdict(list)

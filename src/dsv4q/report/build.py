@@ -36,11 +36,12 @@ def build_report(
     """The report of a finished run.
 
     Args:
-        done: journal records by block.
+        done: journal records by block, in the order in which the blocks were finished.
         seconds: wall time of this process' part; earlier parts count only in the blocks' own times.
         peaks: peak memory of each rank of this run.
     """
-    blocks = [dict(done[block]) for block in plan.blocks if block in done]
+    finished = {block: number for number, block in enumerate(done)}
+    blocks = [{**done[block], "finished": finished[block]} for block in plan.blocks if block in done]
     return {
         "format": FORMAT,
         "artifact": plan.as_dict()["artifact"],

@@ -22,7 +22,6 @@ import torch
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.config import Activations
 from dsv4q.errors import CalibrationError, WeightError
-from dsv4q.layout import TensorSpec
 from dsv4q.model.model import (
     BlockInputs,
     DeepseekV4ForCausalLMWithMTP,
@@ -95,14 +94,14 @@ class BlockWorker:
         record = BlockRecord(done)
         if name.startswith("layers.") or any(work.encoded for work in block.task.work):
             self._decoder_block(block, record, watch)
-        elif self.work.is_forward(name):
+        else:
             self._embed(block, record, watch)
         return record
 
     def _embed(self, block: LoadedBlock, record: BlockRecord, watch: Stopwatch) -> None:
         with watch.stage("check"):
             self._put_in_place(block, experts=False)
-            self._check_finite(block)
+            block.check_finite()
         with watch.stage("forward"):
             self.streams.through("embed", lambda n, _: embed(self.model, self.batches[n]))
         record.done.micro_batches = len(self.streams)
@@ -128,7 +127,7 @@ class BlockWorker:
             with watch.stage("forward"):
                 self._forward(block, routing, record)
         else:
-            self._check_finite(block)
+            block.check_finite()
         if task.encode:
             parts: list[Linears] = [modules]
             if linears.stacks is not None and isinstance(routing, BatchedExperts):
@@ -161,13 +160,6 @@ class BlockWorker:
         assert stacks is not None or not self.plan.experts_in_stacks or not any(one.spec.expert for one in linears)
         return BlockLinears(linears, stacks)
 
-    def _check_finite(self, block: LoadedBlock) -> None:
-        block.check_finite(self.where)
-
-    def where(self, spec: TensorSpec) -> str:
-        """A tensor of the source, for people."""
-        return f"{spec.name} in {self.source.tensors[spec.name].file}"
-
     # -------------------------------------------------------------------------------------------------- the forward
 
     def _routing(self, block: LoadedBlock, in_modules: bool) -> Routing:
@@ -194,9 +186,9 @@ class BlockWorker:
 
         with routing.watching(self.model.model.layers[index].mlp):
             self.streams.through(name, compute)
-        block.check_finite(self.where, sizes=False)
+        block.check_finite(sizes=False)
         self._check_streams(block, torch.stack(finite).tolist() if finite else [])
-        self._check_finite(block)
+        block.check_finite()
         routing.gather(self.ranks)
         record.done.micro_batches = len(self.streams)
         record.facts["tokens_per_expert"] = routing.counts.tolist()
@@ -212,7 +204,7 @@ class BlockWorker:
         if not all(fine.values()):
             hint = "the source's weights of this layer are damaged or not of this architecture"
             try:
-                self._check_finite(block)
+                block.check_finite()
             except WeightError as error:
                 hint += f": {error.where} has {error.found}"
             raise CalibrationError(

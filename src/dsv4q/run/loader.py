@@ -1,6 +1,6 @@
 """Blocks on their way from the source to the device: read on threads, copied on a stream of their own, one ahead.
 
-What no forward pass and no encoder wants (embedding, head, MTP block) goes straight from the reader to the writer.
+A tensor of theirs that no forward pass and no encoder wants goes straight from the reader to the writer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsv4q.host import cores
 from dsv4q.layout import Role, TensorSpec
 from dsv4q.plan.work import TensorWork
 from dsv4q.run.memory import ExpertMemory, place_of
-from dsv4q.run.values import are_usual, check_values
+from dsv4q.run.values import are_usual, check_values, ends_of
 
 READ_THREADS = 8
 """One thread copies out of the page cache more slowly than a GPU, or a CPU of several cores, wants bytes: 2.2 s a block
@@ -137,8 +137,8 @@ class LoadedBlock:
             for tensor in (*self.tensors.values(), *(fine for _, fine in self.checked)):
                 tensor.record_stream(stream)
 
-    def check_finite(self, where: Callable[[TensorSpec], str], *, sizes: bool = True) -> None:
-        """Refuse NaN, Inf and, if `sizes`, what `check_values` does besides; `where` names a tensor for people.
+    def check_finite(self, *, sizes: bool = True) -> None:
+        """Refuse NaN, Inf and, if `sizes`, what `check_values` does besides.
 
         Raises:
             WeightError: the first tensor that has one, or that is packed and stands for no number.
@@ -148,7 +148,8 @@ class LoadedBlock:
         specs = [spec for part, _ in self.checked for spec in part]
         fine = torch.cat([fine for _, fine in self.checked]).tolist()
         for spec in (spec for spec, good in zip(specs, fine, strict=True) if not good):
-            check_values(spec, self.source.tensor(spec.name), where, sizes=sizes)  # it may be gone from the device
+            tensor = self.source.tensor(spec.name)  # it may be gone from the device
+            check_values(self.source, spec, tensor, sizes=sizes)
 
 
 @dataclass
@@ -168,7 +169,6 @@ class Loader:
     memory: Callable[[], ExpertMemory]
     memories: int
     put: Put
-    where: Callable[[TensorSpec], str]
     advance: Callable[[str, int], None]
     """Called with a block and its bytes that are done with because no computation wants them."""
     _made: deque[ExpertMemory] = field(default_factory=deque)
@@ -263,10 +263,7 @@ class Loader:
             return [self.source.stored(spec.name, pinned=on_gpu)]
         if work.computed and on_gpu:
             return [self._pinned(spec)]
-        tensor = self.source.tensor(spec.name)
-        if not work.computed and tensor.is_floating_point() and not bool(are_usual(_ends(tensor))):
-            check_values(spec, tensor, self.where)
-        return [(tensor,)]
+        return [(self.source.tensor(spec.name) if work.computed else read_to_copy(self.source, spec),)]
 
     def _pinned(self, spec: TensorSpec) -> tuple[torch.Tensor, ...]:
         tensor = torch.empty(spec.shape, dtype=torch_dtypes()[spec.dtype], pin_memory=True)
@@ -338,7 +335,7 @@ class Loader:
             return
         block.tensors[spec] = there = self._decoded(spec, parts)
         if there.is_floating_point():
-            block.checked.append(([spec], are_usual(_ends(there))))
+            block.checked.append(([spec], are_usual(ends_of(there))))
 
     def _place_experts(self, block: LoadedBlock, specs: list[TensorSpec], parts: tuple[torch.Tensor, ...]) -> None:
         """Weights [n, ...] of one projection of experts; the first takes memory for all.
@@ -370,6 +367,13 @@ def _is_experts(work: TensorWork) -> bool:
     return work.computed and not work.kept and work.spec.role == Role.ROUTED_EXPERT
 
 
-def _ends(tensor: torch.Tensor) -> torch.Tensor:
-    """[1, 2], smallest and largest element."""
-    return torch.stack(torch.aminmax(tensor))[None]
+def read_to_copy(source: Checkpoint, spec: TensorSpec) -> torch.Tensor:
+    """A tensor whose bytes are written as they are, and that no computation will look at.
+
+    Raises:
+        WeightError: no model has such values.
+    """
+    tensor = source.tensor(spec.name)
+    if tensor.is_floating_point() and not bool(are_usual(ends_of(tensor))):
+        check_values(source, spec, tensor)
+    return tensor

@@ -5,7 +5,7 @@ and that many are worked on at once. The way there and back: `run_oneshot` build
 `BlockLoop` on it and calls `oneshot`, which ends up in `StreamingPipeline`, which takes the loop off the model and runs
 it. For each block: its tensors are read (`loader.py`), calibration tokens go through it, scales are found, its linears
 encoded (`block.py`) and written (`handover.py`), and back it goes to meta. The next block is on its way to the device
-meanwhile, and the one before to the disk.
+meanwhile, and the one before to the disk. What nothing computes with is copied before (`copying.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +34,7 @@ from dsv4q.model.upstream import quiet_libraries
 from dsv4q.plan.needs import GpuUse
 from dsv4q.plan.plan import Plan
 from dsv4q.plan.work import WorkTable
+from dsv4q.run.copying import Copying
 from dsv4q.run.loader import BlockTask, LoadedBlock, Loader
 from dsv4q.run.memory import memory_maker
 from dsv4q.run.ranks import Ranks
@@ -117,6 +119,8 @@ class BlockLoop:
     source: Checkpoint
     writer: BackgroundWriter
     journal: Journal
+    copying: Copying
+    """Has what nothing computes with, and has begun."""
     data: CalibrationData | None
     device: torch.device
     gpu: GpuUse | None
@@ -149,6 +153,7 @@ class BlockLoop:
             RankError: another rank is gone, or observers need to see all batches in order.
         """
         tasks = [*self._again(), *self._todo()]
+        copied = deque(self.copying.tasks)
         with prompt_threads(), Handover(self.writer, self.device) as handover, Behind(1, 1) as ahead:
             ahead.put(partial(warm_up, self.device))
             worker = self._worker(handover)
@@ -160,13 +165,17 @@ class BlockLoop:
                     record = worker.process(block, watch)
                     loader.release(block)
                     if task.encode:
+                        if task.name != "embed":  # by the end of a layer they are copied, or the disk has no time left
+                            self._finish_copied(copied, handover)
                         self._finish(task.name, record, watch, handover)
+            self._finish_copied(copied, handover)
 
     # ---------------------------------------------------------------------------------------------- what is to be done
 
     def _todo(self) -> list[BlockTask]:
         """Blocks of which the artifact lacks something."""
-        blocks = [b for b in self.plan.blocks if b not in self.journal.done and self.plan.block_tensors(b)]
+        others = {*self.journal.done, *(task.name for task in self.copying.tasks)}
+        blocks = [b for b in self.plan.blocks if b not in others and self.plan.block_tensors(b)]
         return [self._task(block, encode=True) for block in blocks]
 
     def _again(self) -> list[BlockTask]:
@@ -210,7 +219,6 @@ class BlockLoop:
             memory=memory_maker(self.source, self.plan.dims, experts, self.device, packed=packed, step=use.experts),
             memories=use.memories,
             put=self.writer.put,
-            where=worker.where,
             advance=self.advance,
         )
 
@@ -222,6 +230,14 @@ class BlockLoop:
         return block
 
     # ----------------------------------------------------------------------------------------------- a block is done
+
+    def _finish_copied(self, tasks: deque[BlockTask], handover: Handover) -> None:
+        """Finish what is copied, at one place among all blocks, for ranks talk to each other when they finish one."""
+        while tasks:
+            task, watch = tasks.popleft(), Stopwatch(self.device)
+            with watch.stage("read"):
+                record = BlockRecord(self.copying.done(task, self.check_stop))
+            self._finish(task.name, record, watch, handover)
 
     def _finish(self, block: str, record: BlockRecord, watch: Stopwatch, handover: Handover) -> None:
         """Have the block made durable and written into the journal, behind the computation."""

@@ -89,7 +89,8 @@ def run_blocks(run: Run, journal: Journal, console: Console) -> list[dict[str, i
 
 def _run_blocks(run: Run, journal: Journal, writer: ShardWriter, console: Console) -> None:
     """`oneshot` on a model without memory, with our pipeline; it reads, calibrates, encodes and writes."""
-    from dsv4q.run.pipeline import BlockLoop, run_oneshot
+    from dsv4q.run.copying import Copying
+    from dsv4q.run.loader import BlockTask
 
     work = WorkTable(run.plan, run.ranks.share.count)
     todo = {block: part for block, part in work.blocks.items() if run.plan.block_tensors(block)}
@@ -101,24 +102,31 @@ def _run_blocks(run: Run, journal: Journal, writer: ShardWriter, console: Consol
     ):
         progress.skip(sum(nbytes.get(block, 0) for block in journal.done))
         advance = _advance(progress)
-        run_oneshot(
-            run.plan,
-            journal.folder,
-            lambda model: BlockLoop(
-                model,
+        copied = [b for b in work.copied if b not in journal.done]
+        tasks = [BlockTask(block, todo[block], run.ranks.share.rank, encode=True) for block in copied]
+        with Copying(tasks, run.source, behind.put, advance) as copying:
+            # Seconds of imports, in which the disk has something to do already.
+            from dsv4q.run.pipeline import BlockLoop, run_oneshot
+
+            run_oneshot(
                 run.plan,
-                work,
-                run.source,
-                behind,
-                journal,
-                run.data,
-                run.device,
-                run.gpu,
-                run.ranks,
-                advance,
-                check_stop,
-            ),
-        )
+                journal.folder,
+                lambda model: BlockLoop(
+                    model,
+                    run.plan,
+                    work,
+                    run.source,
+                    behind,
+                    journal,
+                    copying,
+                    run.data,
+                    run.device,
+                    run.gpu,
+                    run.ranks,
+                    advance,
+                    check_stop,
+                ),
+            )
 
 
 def _advance(progress: Progress) -> Callable[[str, int], None]:

@@ -27,9 +27,15 @@ Times = list[tuple[str, dict[str, float]]]
 """Name of every block, and its seconds by stage."""
 
 
+def finished_blocks(report: Record) -> list[Record]:
+    """Blocks in the order in which they were finished: those that are only copied come before the layers."""
+    return sorted(report["blocks"], key=lambda block: block.get("finished", 0))
+
+
 def times_of(report: Record) -> Times:
-    """Of all blocks, in order."""
-    return need([(block["block"], block["seconds"]) for block in report["blocks"]], f"{report.name} has no blocks")
+    """Of all blocks, in the order in which they were finished."""
+    times = [(block["block"], block["seconds"]) for block in finished_blocks(report)]
+    return need(times, f"{report.name} has no blocks")
 
 
 def stages_of(times: Times) -> list[str]:
@@ -111,7 +117,7 @@ def memory_samples(report: Record) -> Samples:
     """Memory when each block was on disk."""
     samples = [
         (at, block["block"], block["memory"])
-        for block, at in zip(report["blocks"], on_disk_after(times_of(report)), strict=True)
+        for block, at in zip(finished_blocks(report), on_disk_after(times_of(report)), strict=True)
         if at is not None and block.get("memory") is not None
     ]
     return need(samples[1:] and samples, f"{report.name} has no samples of memory over time (blocks[].memory)")
