@@ -82,6 +82,14 @@ def test_pro_from_its_official_files_fits_a_gpu_of_24_gib() -> None:
     assert use_of(native_plan(**PRO), 24 * 1024**3).experts < 384
 
 
+def test_experts_that_find_no_place_on_the_gpu_before_the_block_ends_may_all_wait_on_the_host() -> None:
+    pro = native_plan(**PRO)
+    experts = sum(s.nbytes for s in pro.source_specs if s.block == "layers.0" and s.expert is not None) * 17 // 64
+    small, large = use_of(pro, 24 * 1024**3), use_of(pro, 80e9)
+    assert (small.memories, small.read_ahead) == (1, experts) and large.read_ahead < experts / 3
+    assert small.read_ahead < pro.estimate.host / 4
+
+
 def test_experts_that_are_calibrated_as_modules_do_not_stay_packed() -> None:
     assert not native_plan("w4a16-fp8-mtp").experts_packed
 

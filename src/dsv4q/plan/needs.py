@@ -45,6 +45,8 @@ class GpuUse:
     """Residual streams stay on the GPU between two blocks."""
     nbytes: int
     """Allocated at most."""
+    read_ahead: int = READ_AHEAD
+    """Bytes that the reader may hold on the host before they are needed."""
 
 
 def gpu_problem(needs: Estimate, gpu_memory: int | None) -> DeviceError | None:
@@ -70,8 +72,6 @@ class Estimate:
     """Bytes that the run needs at most."""
 
     host: int
-    read_ahead: int
-    """Part of `host`: what the reader may hold before it is needed."""
     gpu: tuple[GpuUse, ...]
     """Ways to use a GPU, the fastest first."""
     disk: int
@@ -148,12 +148,11 @@ def estimate(
         sum(spec.nbytes for spec in experts),
         sum(packed(spec.name) for spec in experts),
         max(*(dense[block] for block in main), *(sum(s.nbytes for s in some) for some in drafted.values()), 0),
-        largest, batch, block, streams, streams // max(1, micro_batches),
+        largest, batch, block, streams, streams // max(1, micro_batches), ahead,
     )  # fmt: skip
     return Estimate(
-        host=host, read_ahead=ahead, gpu=parts.ways(), disk=disk, streams=streams,
-        calibration_tokens=tokens, micro_batches=micro_batches,
-    )  # fmt: skip
+        host=host, gpu=parts.ways(), disk=disk, streams=streams, calibration_tokens=tokens, micro_batches=micro_batches
+    )
 
 
 @dataclass(frozen=True)
@@ -176,6 +175,8 @@ class _Parts:
     streams: int
     micro_batch: int
     """Residual streams of one micro-batch."""
+    ahead: int
+    """What the reader may hold on the host."""
 
     @property
     def few(self) -> int:
@@ -195,7 +196,12 @@ class _Parts:
             for keeps in (True, False)
             if not keeps or (self.streams and way[1] == self.count)
         ]
-        return tuple(GpuUse(*way, self._bytes(*way)) for way in every)
+        return tuple(GpuUse(*way, self._bytes(*way), self._ahead(*way[:2])) for way in every)
+
+    def _ahead(self, memories: int, step: int) -> int:
+        """Where the next block's experts have no place on the GPU until this one is encoded, all of them may wait on
+        the host, which then has no block as BF16."""
+        return self.ahead if memories > 1 or step == self.count else max(self.ahead, self.packed)
 
     def _bytes(self, memories: int, step: int, keeps: bool) -> int:
         window = self.wide * step // self.count

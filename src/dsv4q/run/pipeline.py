@@ -215,7 +215,7 @@ class BlockLoop:
         return Loader(
             self.source,
             self.device,
-            budget=self.plan.estimate.read_ahead,
+            budget=use.read_ahead,
             memory=memory_maker(self.source, self.plan.dims, experts, self.device, packed=packed, step=use.experts),
             memories=use.memories,
             put=self.writer.put,
