@@ -1,61 +1,60 @@
-"""`dsv4q` with the moments of its beginning on stderr: imports done, blocks begun, first layer's forward.
+"""`dsv4q` with the moments of its beginning on stderr: what is over and done with, and after how many seconds.
 
     python scripts/bench_start.py [--stop] rehearse OUT --config CONFIG --native --no-judge --json
 
 Seconds since the interpreter came to this file. With `--stop` the process ends once the first layer's forward begins,
-and leaves OUT as it is then.
+and leaves OUT as it is then. The command itself is as ever: nothing is imported before it wants it.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import runpy
 import sys
 import time
+from typing import Any
 
 BEGIN = time.time()
+
+OVER = {"torch": "the plan", "dsv4q.run.pipeline": "torch, data and made-up source", "llmcompressor": "transformers"}
+"""Module -> what is over when it is about to be imported."""
 
 
 def say(moment: str) -> None:
     print(f"{time.time() - BEGIN:.2f} s: {moment}", file=sys.stderr, flush=True)
 
 
-def watch(*, stop: bool) -> None:
-    """Have the first forward of transformers' decoder layer tell its moment."""
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4DecoderLayer
+class Watching:
+    """A finder of modules that finds none, but sees which are looked for."""
 
-    real = DeepseekV4DecoderLayer.forward
+    def __init__(self, *, stop: bool) -> None:
+        self.stop, self.left = stop, dict(OVER)
 
-    def first(self: object, *arguments: object, **keywords: object) -> object:
-        say("first layer's forward")
-        DeepseekV4DecoderLayer.forward = real
-        if stop:
-            os._exit(0)
-        return real(self, *arguments, **keywords)
+    def find_spec(self, name: str, *_: object) -> None:
+        moment = self.left.pop(name, None)
+        if moment is not None:
+            say(moment)
+        if moment is not None and name == "dsv4q.run.pipeline":
+            self.watch_modules()
 
-    DeepseekV4DecoderLayer.forward = first
+    def watch_modules(self) -> None:
+        """Have the first forward of transformers' decoder layer tell its moment."""
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        def first(module: Any, _: object) -> None:
+            if type(module).__name__ == "DeepseekV4DecoderLayer":
+                hook.remove()
+                say("libraries, model, embedding: the first layer's forward begins")
+                if self.stop:
+                    os._exit(0)
+
+        hook = register_module_forward_pre_hook(first)
 
 
 def main() -> None:
     stop = sys.argv[1:2] == ["--stop"]
     sys.argv = ["dsv4q", *sys.argv[1 + stop :]]
-    import dsv4q.host
-
-    if hasattr(dsv4q.host, "quick_beginning"):
-        gc.disable()  # as the command does before it imports anything large
-    import dsv4q.rehearse
-
-    watch(stop=stop)
-    say("imports")
-    module = dsv4q.rehearse
-    real = module.run_blocks
-
-    def loop(*arguments: object, **keywords: object) -> object:
-        say("plan, data and made-up source")
-        return real(*arguments, **keywords)
-
-    module.run_blocks = loop
+    sys.meta_path.insert(0, Watching(stop=stop))  # type: ignore[arg-type]
     runpy.run_module("dsv4q", run_name="__main__")
 
 
