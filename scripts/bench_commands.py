@@ -48,7 +48,7 @@ import yaml
 
 from bench_layer import fresh, machine
 from bench_source import dimensions, first_layers, write_source
-from bench_tables import layers_of, table
+from bench_tables import layers_of, steady, table
 from ceilings import write_speed
 from dsv4q.made_up.toy import ToyConfig
 
@@ -209,8 +209,7 @@ def quantizing(line: str, bench: Bench, version: Version, source: Path, *flags: 
     fresh(out)
     walls = [layer["wall"] for layer in layers_of(run)]
     # Blocks become durable several at once, whose shard is whole then: only over many is that a rate.
-    last = walls[1:] if files else walls[1:][-3:]
-    seconds = sum(last) / len(last)
+    seconds = steady(walls if files else walls[-4:])
     figures: Found = {"layers": walls, "seconds_a_layer": seconds, "peak": run["peak_memory"]}
     if before is not None:
         rate = run["layer"]["bytes_out"] / 1e9 / seconds
@@ -241,7 +240,7 @@ def bf16(bench: Bench, version: Version) -> None:
 
 
 def two_ranks(bench: Bench, version: Version) -> None:
-    """Sink and files on two GPUs, with all cores; sink on one GPU with as many, which it is compared with."""
+    """Sink and files on one GPU and on two, all with all cores."""
     if bench.options.device.startswith("cuda") and torch.cuda.device_count() < 2:
         print(json.dumps({"line": "ranks", "left_out": "this machine has one GPU"}), flush=True)
         return
@@ -249,10 +248,9 @@ def two_ranks(bench: Bench, version: Version) -> None:
     os.sched_setaffinity(0, ALL_CORES)
     try:
         source = bench.source(bench.options.layers)
-        for count in (1, 2):
-            quantizing(f"ranks, {count}, sink", bench, version, source, "--sink", ranks=count)
-        for count in (1, 2):
-            quantizing(f"ranks, {count}, files", bench, version, source, ranks=count)
+        for what, flags in (("sink", ("--sink",)), ("files", ())):
+            for count in (1, 2):
+                quantizing(f"ranks, {count}, {what}", bench, version, source, *flags, ranks=count)
     finally:
         os.sched_setaffinity(0, limited)
 
@@ -265,15 +263,14 @@ def by_size(
     Args:
         nbytes: of the result's keys that which has the bytes read or written, if there is one.
     """
-    runs = [(size, run(size)) for size in sizes]
-    (few, first), (many, last) = runs[0], runs[-1]
-    more = max(many - few, 0) or many
-    seconds = last["seconds"] - (first["seconds"] if many > few else 0)
-    figures: Found = {"layers": list(sizes), "seconds": [one["seconds"] for _, one in runs]}
-    figures |= {"walls": [one["wall"] for _, one in runs], "seconds_a_layer": seconds / more}
+    runs = [(size, run(size)) for size in sorted(set(sizes))]
+    many, last = runs[-1]
+    few, first = runs[0] if len(runs) > 1 else (0, {})
+    seconds = last["seconds"] - first.get("seconds", 0.0)
+    figures: Found = {"layers": [size for size, _ in runs], "seconds": [one["seconds"] for _, one in runs]}
+    figures |= {"walls": [one["wall"] for _, one in runs], "seconds_a_layer": seconds / (many - few)}
     if nbytes is not None and nbytes in last:
-        read = last[nbytes] - (first[nbytes] if many > few else 0)
-        figures["gigabytes_per_second"] = read / 1e9 / seconds
+        figures["gigabytes_per_second"] = (last[nbytes] - first.get(nbytes, 0)) / 1e9 / seconds
     bench.keep(line, version, last, **figures)
 
 

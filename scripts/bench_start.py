@@ -32,9 +32,10 @@ class Watching:
 
     def find_spec(self, name: str, *_: object) -> None:
         moment = self.left.pop(name, None)
-        if moment is not None:
-            say(moment)
-        if moment is not None and name == "dsv4q.run.pipeline":
+        if moment is None:
+            return
+        say(moment)
+        if name == "dsv4q.run.pipeline":
             self.watch_modules()
 
     def watch_modules(self) -> None:

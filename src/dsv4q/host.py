@@ -290,8 +290,8 @@ def _ended_if_stuck(awake: threading.Event) -> Iterator[None]:
 def quick_beginning() -> Iterator[None]:
     """Context of a command in which Python does not search for reference cycles until its long work (`stoppable`).
 
-    Imports and plans make millions of objects, all of which stay, and each search looks through them again: a third of
-    a command's beginning.
+    Imports and plans make millions of objects, all of which stay, and each search looks through them again: a quarter
+    of the beginning.
     """
     global _beginning
     before = gc.isenabled()
