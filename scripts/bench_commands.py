@@ -23,15 +23,16 @@ a process of its own; its command and what it found are a line of JSON as soon a
     writes        bench_writes.py --whole: the disk's share of rehearse
 
 With `--before` each line that the older version has is measured with its `src` and `scripts` too, on fewer layers, for
-it takes longer. Seconds a layer are the difference between two runs of different numbers of layers. Where one run says
-when each layer was done they are the mean of its last three, or of all but the first if they are written: the disk has
-several at once. Beside what is written the disk alone is measured (ceilings.py), before and after. `--cores` limits all
-but `ranks` to so many cores.
+it takes longer; on a CPU on one narrow layer, of 32 experts, in GB/s of the whole command. Seconds a layer are the
+difference between two runs of different numbers of layers. Where one run says when each layer was done they are the
+mean of its last three, or of all but the first if they are written: the disk has several at once. Beside what is
+written the disk alone is measured (ceilings.py), before and after. `--cores` limits all but `ranks` to so many cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -108,8 +109,11 @@ class Bench:
     # ------------------------------------------------------------------------------------------ files
 
     def source(self, layers: int) -> Path:
-        """A native checkpoint of so many layers; all have the same files."""
-        made = self._made()
+        """A native checkpoint of so many layers; all have the same files. 0: of one narrow layer."""
+        if not layers:
+            dims = dataclasses.replace(dimensions(self.options.width, 1), n_routed_experts=32)
+            return self._made("narrow", dims)
+        made = self._made("source", dimensions(self.options.width, self.options.layers))
         return first_layers(made, made.with_name(f"source-{layers}"), layers)
 
     def artifact(self, layers: int) -> Path:
@@ -120,7 +124,7 @@ class Bench:
 
     def config(self, version: Version, layers: int) -> Path:
         path = self.options.made / f"bound-{version.name}-{layers}.yaml"
-        path.write_text(yaml.safe_dump(version.without_data(layers)), encoding="utf-8")
+        path.write_text(yaml.safe_dump(version.without_data(max(1, layers))), encoding="utf-8")
         return path
 
     def model(self) -> tuple[object, ...]:
@@ -132,11 +136,10 @@ class Bench:
         small.write_text(json.dumps(ToyConfig().as_config_json()), encoding="utf-8")
         return ("--source", small)
 
-    def _made(self) -> Path:
-        made: Path = self.options.made / "source"
+    def _made(self, name: str, dims: ToyConfig) -> Path:
+        made: Path = self.options.made / name
         if not (made / "config.json").is_file():
             made.parent.mkdir(parents=True, exist_ok=True)
-            dims = dimensions(self.options.width, self.options.layers)
             write_source(made, dims, self.options.device, native=True)
         return made
 
@@ -186,6 +189,10 @@ class Bench:
         print(json.dumps(self.found[-1]), flush=True)
         if self.options.json:  # after each one, for a later one may not come to its end
             self.options.json.write_text(json.dumps(self.found, indent=1))
+
+
+def stored_bytes(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
 
 
 def rounded(value: Any) -> Any:
@@ -240,16 +247,16 @@ def bf16(bench: Bench, version: Version) -> None:
 
 
 def two_ranks(bench: Bench, version: Version) -> None:
-    """Sink and files on one GPU and on two, all with all cores."""
+    """Sink and files on one GPU and on two, all with all cores; of an older version on two."""
     if bench.options.device.startswith("cuda") and torch.cuda.device_count() < 2:
         print(json.dumps({"line": "ranks", "left_out": "this machine has one GPU"}), flush=True)
         return
     limited = os.sched_getaffinity(0)
     os.sched_setaffinity(0, ALL_CORES)
     try:
-        source = bench.source(bench.options.layers)
+        source = bench.source(bench.size_of(version))
         for what, flags in (("sink", ("--sink",)), ("files", ())):
-            for count in (1, 2):
+            for count in (1, 2) if version == bench.now else (2,):
                 quantizing(f"ranks, {count}, {what}", bench, version, source, *flags, ranks=count)
     finally:
         os.sched_setaffinity(0, limited)
@@ -260,6 +267,8 @@ def by_size(
 ) -> None:
     """The same command on checkpoints of different numbers of layers: what one more layer takes.
 
+    Of 0 layers, which are the narrow one, what the whole command takes.
+
     Args:
         nbytes: of the result's keys that which has the bytes read or written, if there is one.
     """
@@ -268,7 +277,9 @@ def by_size(
     few, first = runs[0] if len(runs) > 1 else (0, {})
     seconds = last["seconds"] - first.get("seconds", 0.0)
     figures: Found = {"layers": [size for size, _ in runs], "seconds": [one["seconds"] for _, one in runs]}
-    figures |= {"walls": [one["wall"] for _, one in runs], "seconds_a_layer": seconds / (many - few)}
+    figures |= {"walls": [one["wall"] for _, one in runs]}
+    if many:
+        figures["seconds_a_layer"] = seconds / (many - few)
     if nbytes is not None and nbytes in last:
         figures["gigabytes_per_second"] = (last[nbytes] - first.get(nbytes, 0)) / 1e9 / seconds
     bench.keep(line, version, last, **figures)
@@ -280,17 +291,18 @@ def judging(line: str, bench: Bench, version: Version, sizes: Sequence[int], dev
         found = bench.dsv4q(version, "verify-shards", *pair, "--deep", "--device", device)
         if found["differences"]:
             sys.exit(f"{line}: {found['differences'][0]}")
-        return found
+        return {**found, "bytes_read": sum(map(stored_bytes, (pair[0], pair[2])))}
 
     by_size(line, bench, version, sizes, run, "bytes_read")
 
 
 def judge(bench: Bench, version: Version) -> None:
-    judging("judge", bench, version, (bench.options.few, bench.options.layers), bench.options.device)
+    sizes = (bench.options.few, bench.options.layers) if version == bench.now else (1, bench.options.few)
+    judging("judge", bench, version, sizes, bench.options.device)
 
 
 def judge_cpu(bench: Bench, version: Version) -> None:
-    judging("judge-cpu", bench, version, (1, 3) if version == bench.now else (1,), "cpu")
+    judging("judge-cpu", bench, version, (1, 3) if version == bench.now else (0,), "cpu")
 
 
 def convert_cpu(bench: Bench, version: Version) -> None:
@@ -298,11 +310,11 @@ def convert_cpu(bench: Bench, version: Version) -> None:
         out = bench.out("artifact")
         config = bench.config(version, layers)
         found = bench.dsv4q(version, "quantize", bench.source(layers), out, "--config", config, "--device", "cpu")
-        nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        nbytes = stored_bytes(out)
         fresh(out)
         return {**found, "seconds": found["wall"], "bytes": nbytes}
 
-    by_size("convert-cpu", bench, version, (1, 3) if version == bench.now else (1,), run, "bytes")
+    by_size("convert-cpu", bench, version, (1, 3) if version == bench.now else (0,), run, "bytes")
 
 
 def dequantizing(line: str, bench: Bench, version: Version, layers: int, *flags: object) -> None:
@@ -372,7 +384,7 @@ Line = Callable[[Bench, Version], None]
 
 LINES: dict[str, tuple[Line, bool]] = {
     "sink": (sink, True), "gpu-memory": (gpu_memory, False), "files": (files, True), "bf16": (bf16, True),
-    "ranks": (two_ranks, False), "judge": (judge, True), "judge-cpu": (judge_cpu, True),
+    "ranks": (two_ranks, True), "judge": (judge, True), "judge-cpu": (judge_cpu, True),
     "convert-cpu": (convert_cpu, True), "dequantize": (dequantize, True), "dequantize-cpu": (dequantize_cpu, False),
     "eval": (evaluate, True), "start": (start, True), "rehearse": (rehearse, True), "writes": (writes, False),
 }  # fmt: skip

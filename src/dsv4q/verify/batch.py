@@ -17,7 +17,7 @@ from dsv4q.errors import SourceError, WeightError
 from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.error import TensorError
 from dsv4q.layout import Shape, TensorSpec
-from dsv4q.verify.case import Case
+from dsv4q.verify.case import BATCH_BYTES, PACKED_BATCH_BYTES, Case
 from dsv4q.verify.linear import HOST_PASSES, Linear, bytes_on_disk
 from dsv4q.verify.packed import equal_fp8, equal_mxfp4
 from dsv4q.verify.schemes import FP8, NVFP4, StoredScheme
@@ -177,8 +177,8 @@ class _Piece:
         """
         try:
             if self.readable:
-                good, powers = self._compared()
-                return good.tolist(), powers.tolist()
+                good, powers = torch.stack(self._compared()).tolist()
+                return good, powers
         except WeightError:
             pass
         return [False] * len(self.specs), [False] * len(self.specs)
@@ -228,6 +228,17 @@ class _Piece:
             return tensor
         height = _BAND if self.scheme.in_squares and suffix.endswith("scale") else 1
         return tensor[:, start // height : -(-end // height)]
+
+
+def is_full(case: Case, specs: Sequence[TensorSpec]) -> bool:
+    """Whether linears that are judged together are as many as may be: one more would be too much."""
+    first, together = specs[0], len(specs) + 1
+    if not is_packed(case, first):
+        return together * 2 * first.nbytes > BATCH_BYTES
+    stored = sum(
+        case.sound[f"{first.module}.{one}"].nbytes for one in case.contract.schemes[first.module].stored(first.shape)
+    )
+    return together * (stored + bytes_on_disk(case, [first])) > PACKED_BATCH_BYTES
 
 
 def is_packed(case: Case, spec: TensorSpec) -> bool:

@@ -24,6 +24,8 @@ COMPRESSED = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input
 FLOATS = ("BF16", "F16", "F32", "F64")
 BATCH_BYTES = 1 << 28
 """Decoded F32 values of linears that are judged together, at most; one linear is always allowed."""
+PACKED_BATCH_BYTES = 1 << 27
+"""Of linears whose codes are compared with codes: what is read of them, at most. The device needs twice that."""
 DEVICE_BYTES = 8 * BATCH_BYTES
 """What that takes on the device at most: a batch as stored, decoded and as its source, and the source's pools."""
 

@@ -48,12 +48,11 @@ class ReadInputs:
         self.size, self.read, self.memory = 0, 0, 0
 
     def load(self) -> None:
-        values = {name: self.case.artifact.tensor(name) for name in self.names}
-        for name, tensor in values.items():
-            if name.endswith(NORM):
-                self.found.bounds[self.label] = _bounds(tensor)
-            else:
-                self.found.scales[name] = float(tensor)
+        scales = [name for name in self.names if not name.endswith(NORM)]
+        (stack,) = self.case.artifact.stored_together(scales)
+        self.found.scales.update(zip(scales, stack.flatten().tolist(), strict=True))
+        for norm in self.names[len(scales) :]:
+            self.found.bounds[self.label] = _bounds(self.case.artifact.tensor(norm))
 
     def judge(self) -> None:
         """They are judged when all layers have been seen."""

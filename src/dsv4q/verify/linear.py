@@ -58,8 +58,11 @@ class SharedScales:
 
     def load(self) -> None:
         """Both from the disk, F32 [1] on the host."""
-        for name in (name for pair in self.pairs.items() for name in pair):
-            self.values[name] = self.kept[name] if name in self.kept else self.case.artifact.tensor(name)
+        names = [name for pair in self.pairs.items() for name in pair]
+        self.values = {name: self.kept[name] for name in names if name in self.kept}
+        if here := [name for name in names if name not in self.kept]:
+            (stack,) = self.case.artifact.stored_together(here)
+            self.values |= zip(here, stack.unbind(), strict=True)
 
     def judge(self) -> None:
         """Every bit must be equal."""

@@ -29,6 +29,8 @@ _E4M3_DOUBLINGS = 18
 """Doublings after which of E4M3 nothing but zeros is left."""
 _REACH = (3, 246)
 """E8M0 codes under which every E2M1 and E4M3 value is a normal number of BF16, or one of its subnormals."""
+_NONE = 1 << 12
+"""Stands for an exponent where a scale has none that is of use; further from every exponent than these from another."""
 
 
 @torch.no_grad()
@@ -45,17 +47,13 @@ def equal_mxfp4(packed: Tensor, scale: Tensor, stored: Tensor, block_scale: Tens
     Returns:
         Bool [T]; true implies that every stored scale is positive and finite.
     """
-    count, _, groups = block_scale.shape
     if not packed.is_cuda and cpu_kernels() is not None:
         return _equal_mxfp4_compiled(packed, scale, stored, block_scale, global_scale)
-    fine, exponent = _powers_of_e4m3(block_scale)
-    fine &= _reachable(scale).flatten(1).all(dim=1)
-    divides, base = _divisors(global_scale)
-    fine &= divides
-    base = base.view(count, 1, 1)
-    source = scale.view(torch.uint8).to(torch.int16).add_(base)
+    count, _, groups = block_scale.shape
+    fine, base = _divisors(global_scale)
+    source = _looked_up(_exponents_of_e8m0(scale.device), scale).add_(base.view(count, 1, 1))
     source = source.unsqueeze(-1).expand(*source.shape, 2).flatten(-2)[..., :groups]
-    shift = (source - exponent).reshape(count, -1)
+    shift = (source - _looked_up(_exponents_of_e4m3(scale.device), block_scale)).reshape(count, -1)
     mine, yours = (codes.view(torch.int64).reshape(count, -1) for codes in (packed, stored))
     step = shift.shape[1] if shift.is_cuda else GROUPS
     for parts in zip(*(torch.split(whole, step, dim=1) for whole in (mine, yours, shift)), strict=True):
@@ -72,7 +70,7 @@ def _equal_mxfp4_compiled(
     fine, base = _divisors(global_scale)
     mine, yours = (codes.view(torch.uint8).numpy().view(np.uint64) for codes in (packed, stored))
     under, over = (codes.view(torch.uint8).numpy() for codes in (scale, block_scale))
-    exponents = _exponents_of_e4m3(kernels.NOTHING)
+    exponents = _exponents_for(kernels.NOTHING)
     for linear in fine.nonzero().flatten().tolist():
         parts = mine[linear], yours[linear], under[linear], over[linear]
         fine[linear] = kernels.equal_words(*parts, exponents, int(base[linear]), _REACH)
@@ -80,10 +78,29 @@ def _equal_mxfp4_compiled(
 
 
 @cache
-def _exponents_of_e4m3(nothing: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """I64 [256]: the exponent of every E4M3 code that is a positive power of two, else `nothing`."""
-    power, exponent = _powers_of_e4m3(torch.arange(256, dtype=torch.uint8).view(256, 1))
-    return exponent.flatten().to(torch.int64).masked_fill_(~power, nothing).numpy()
+def _exponents_for(nothing: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """I64 [256]: `_exponents_of_e4m3` with the kernels' own mark for none."""
+    exponents = _exponents_of_e4m3(torch.device("cpu")).to(torch.int64)
+    return exponents.masked_fill_(exponents == _NONE, nothing).numpy()
+
+
+@cache
+def _exponents_of_e4m3(device: torch.device) -> Tensor:
+    """I16 [256]: the exponent of every E4M3 code that is a positive power of two, of others `_NONE`."""
+    mantissa, exponent = torch.frexp(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
+    return (exponent - 1).masked_fill_(mantissa != 0.5, _NONE).to(torch.int16).to(device)
+
+
+@cache
+def _exponents_of_e8m0(device: torch.device) -> Tensor:
+    """I16 [256]: every E8M0 code as it is, or `-_NONE` where it is out of reach."""
+    code = torch.arange(256, dtype=torch.int16)
+    return code.masked_fill_((code < _REACH[0]) | (code > _REACH[1]), -_NONE).to(device)
+
+
+def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
+    """Of each code [...], of one byte, what a table [256] has for it."""
+    return table.index_select(0, codes.view(torch.uint8).flatten().to(torch.int32)).view(codes.shape)
 
 
 def _divisors(global_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,16 +114,23 @@ def _divisors(global_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _equal_words(mine: Tensor, yours: Tensor, shift: Tensor) -> Tensor:
-    """Which rows of words [T, n], I64 of 16 nibbles, are equal; units of `yours` are 2^-shift of those of `mine`."""
-    fine = torch.ones(len(mine), dtype=torch.bool, device=mine.device)
-    place = ((mine != yours) | (shift != 0)).flatten().nonzero().flatten()
-    if not len(place):
+    """Which rows of words [T, n], I64 of 16 nibbles, are equal.
+
+    Units of `yours` are 2^-shift of those of `mine`; a shift that is out of all reach belongs to a scale that is none.
+    """
+    odd = (mine != yours) | (shift != 0)
+    fine = ~odd.any(dim=1)
+    if bool(fine.all()):
         return fine
+    fine[:] = True
+    place = odd.flatten().nonzero().flatten()
     left = shift.flatten().index_select(0, place)
     one, other = (words.flatten().index_select(0, place) for words in (mine, yours))
     low, high = torch.where(left < 0, other, one), torch.where(left < 0, one, other)
-    left = left.abs_().masked_fill_(low & _MAGNITUDES == 0, 0)
-    wrong = left > _DOUBLINGS
+    left = left.abs_()
+    wrong = left > _NONE // 2  # zeros too want scales that are scales
+    left.masked_fill_(low & _MAGNITUDES == 0, 0)
+    wrong |= left > _DOUBLINGS
     for done in range(_DOUBLINGS):
         magnitude = low & _MAGNITUDES
         # The codes 0 to 7 are worth 0, .5, 1, 1.5, 2, 3, 4, 6: from 1 on doubling adds 2 to the code, at .5 it adds 1.
@@ -150,6 +174,10 @@ def equal_fp8(weight: Tensor, scale: Tensor, stored: Tensor, block_scale: Tensor
         for linear in fine.nonzero().flatten().tolist():
             fine[linear] = kernels.equal_blocks(mine[linear].numpy(), yours[linear].numpy(), times[linear], table)
         return fine
+    if weight.is_cuda:  # one look at all of them: as a rule nothing has to be doubled
+        same = ((mine == yours) & (mine & 0x7F != 0x7F)).flatten(1).all(dim=1) & (shift == 0).flatten(1).all(dim=1)
+        if torch.equal(same & fine, fine):
+            return fine
     for linear in fine.nonzero().flatten().tolist():
         fine[linear] = _equal_blocks(mine[linear], yours[linear], shift[linear].tolist())
     return fine
@@ -187,20 +215,6 @@ def _doubled_e4m3() -> Tensor:
     return torch.stack(tables)
 
 
-def _powers_of_e4m3(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Of which linears every E4M3 scale [T, ...] is a positive power of two; their exponents, I16 as `scale`."""
-    code = scale.view(torch.uint8)
-    one, two = code == 1, code == 2  # 2^-9 and 2^-8, subnormal as 4 is, which has the exponent of the field 0
-    power = (code & 0x87 == 0) & (code != 0) | one | two | (code == 4)
-    exponent = (code >> 3).to(torch.int16) - 7
-    return power.flatten(1).all(dim=1), exponent.sub_(one.to(torch.int16) * 2).sub_(two.to(torch.int16))
-
-
 def _is_power_of_two(bits: Tensor) -> Tensor:
     """Of F32 bits, whether they are a positive normal 2^k."""
     return (bits & 0x7FFFFF == 0) & (bits > 0) & (bits < 0x7F800000)
-
-
-def _reachable(scale: Tensor) -> Tensor:
-    code = scale.view(torch.uint8)
-    return (code >= _REACH[0]) & (code <= _REACH[1])

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dsv4q.checkpoint.native import entries_of
 from dsv4q.layout import TensorSpec
-from dsv4q.verify.batch import LinearBatch
-from dsv4q.verify.case import BATCH_BYTES, Case, ValueCheck
+from dsv4q.verify.batch import LinearBatch, is_full
+from dsv4q.verify.case import Case, ValueCheck
 from dsv4q.verify.inputs import SeenInputs, input_scales
 from dsv4q.verify.linear import Linear, SharedScales
 from dsv4q.verify.schemes import StoredScheme
@@ -51,7 +51,7 @@ class ValueChecks:
             kinds = (case.sound[f"{spec.module}.{suffix}"].dtype for suffix in scheme.stored(spec.shape))
             batch = batches[(scheme.group, spec.shape, *kinds, *self._kinds_in_source(spec))]
             batch.append(spec)
-            if (len(batch) + 1) * 2 * spec.nbytes > BATCH_BYTES:
+            if is_full(case, batch):
                 yield LinearBatch(case, scheme, tuple(batch), quick=self.quick)
                 batch.clear()
         for batch in filter(None, batches.values()):
