@@ -2,8 +2,9 @@
 
     python scripts/bench_start.py [--stop] rehearse OUT --config CONFIG --native --no-judge --json
 
-Seconds since the interpreter came to this file. With `--stop` the process ends once the first layer's forward begins,
-and leaves OUT as it is then. The command itself is as ever: nothing is imported before it wants it.
+Seconds since the interpreter came to this file, and how many of them the main thread was at work. With `--stop` the
+process ends once the first layer's forward begins, and leaves OUT as it is then. The command itself is as ever: nothing
+is imported before it wants it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ from typing import Any
 
 BEGIN = time.time()
 
-OVER = {"torch": "the plan", "dsv4q.run.pipeline": "torch, data and made-up source", "llmcompressor": "transformers"}
+OVER = {
+    "torch": "the plan",
+    "dsv4q.run.schedule": "torch and data",
+    "dsv4q.run.pipeline": "the first block is on its way",
+    "llmcompressor": "transformers",
+    "dsv4q.run.block": "llmcompressor",
+}
 """Module -> what is over when it is about to be imported."""
 
 
 def say(moment: str) -> None:
-    print(f"{time.time() - BEGIN:.2f} s: {moment}", file=sys.stderr, flush=True)
+    busy = time.thread_time()
+    print(f"{time.time() - BEGIN:.2f} s, {busy:.2f} s of work: {moment}", file=sys.stderr, flush=True)
 
 
 class Watching:
@@ -45,7 +53,7 @@ class Watching:
         def first(module: Any, _: object) -> None:
             if type(module).__name__ == "DeepseekV4DecoderLayer":
                 hook.remove()
-                say("libraries, model, embedding: the first layer's forward begins")
+                say("model, embedding: the first layer's forward begins")
                 if self.stop:
                     os._exit(0)
 

@@ -20,7 +20,7 @@ real = BlockLoop._next
 
 
 def killed(self: BlockLoop, blocks: Any, task: Any, watch: Any) -> Any:
-    here = f"{self.ranks.share.rank}:{task.name}"
+    here = f"{self.schedule.ranks.share.rank}:{task.name}"
     if here == os.environ["KILL"]:
         os.kill(os.getpid(), signal.SIGKILL)
     if here == os.environ["HANG"]:

@@ -103,3 +103,12 @@ def test_a_run_that_a_signal_ends_says_so_and_goes_on_later(number: int, source:
     assert done.returncode == 1
     assert "Stopped before the end" in done.stderr
     assert "Resuming" in dsv4q(*arguments).err
+
+
+def test_scikit_learn_is_not_imported_where_it_is_installed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "__init__.py").write_text("raise SystemExit('scikit-learn is imported')\n")
+    command = [sys.executable, "-m", "dsv4q", "quantize", source, tmp_path / "out", "-c", config(tmp_path)]
+    there = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([*command, "--device", "cpu"], env=there, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

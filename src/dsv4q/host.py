@@ -288,7 +288,8 @@ def _ended_if_stuck(awake: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def quick_beginning() -> Iterator[None]:
-    """Context of a command in which Python does not search for reference cycles until its long work (`stoppable`).
+    """Context of a command in which Python does not search for reference cycles until its long work: `stoppable`, or
+    where that says so `end_beginning`.
 
     Imports and plans make millions of objects, all of which stay, and each search looks through them again: a quarter
     of the beginning.
@@ -322,7 +323,7 @@ _beginning = False
 """Whether a command's `quick_beginning` has not come to its long work yet."""
 
 
-def _end_beginning() -> None:
+def end_beginning() -> None:
     """Search for cycles again, but not among the objects that are there by now."""
     global _beginning
     if _beginning:
@@ -332,7 +333,7 @@ def _end_beginning() -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[Callable[[], None]]:
+def stoppable(*, still_beginning: bool = False) -> Iterator[Callable[[], None]]:
     """Context in which Ctrl-C, SIGTERM and SIGHUP wait for a call of the function that it gives.
 
     Raises (from the function, and at the end):
@@ -340,9 +341,11 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
     A second Ctrl-C ends the process at once; what is finished is on disk at any moment. Once one of several ranks has
     failed in here, it does not heed SIGTERM any more; one that cannot be reached is ended (`PATIENCE`). Off the main
-    thread, where no handler can be set, signals are left as they are. Ends a `quick_beginning`.
+    thread, where no handler can be set, signals are left as they are. Ends a `quick_beginning`, unless the command is
+    `still_beginning`.
     """
-    _end_beginning()
+    if not still_beginning:
+        end_beginning()
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return

@@ -152,7 +152,6 @@ def _rehearse(rehearsal: Rehearsal, prepared: Prepared, ranks: Ranks, console: C
     device, gpu = run_device(ranks.device_name(rehearsal.device), plan, rehearsal.gpu_memory, ranks.share.count)
     data = calibration(rehearsal, plan)
     console.talk(_announcement(rehearsal, prepared, data))
-    prepared.weights.make_pools()
     there = out.is_dir()
     run = Run(out, plan, prepared.source, data, device, gpu, ranks, begin=begin)
     # Every rank has looked at OUT before one of them changes it.

@@ -26,7 +26,7 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: dict[Path, int] = {}
+        self._open: dict[str, tuple[int, Path]] = {}
 
     def read(self, root: Path, sizes: Mapping[str, int], places: Sequence[Place]) -> None:
         """Read whole tensors, in the order in which they lie in the files.
@@ -47,8 +47,8 @@ class OpenFiles:
             SourceError: the file changed or ends early, the disk fails.
         """
         file = run[0][0].file
-        path = root / file
-        count = fill(self.get(path, sizes[file]), [buffer for _, buffer in run], offset, path)
+        handle, path = self.get(root, file, sizes[file])
+        count = fill(handle, [buffer for _, buffer in run], offset, path)
         for entry, buffer in run:
             if count < len(buffer):
                 raise SourceError(
@@ -60,14 +60,15 @@ class OpenFiles:
                 )
             count, offset = count - len(buffer), offset + len(buffer)
 
-    def get(self, path: Path, size: int) -> int:
-        """The descriptor of a file that has so many bytes.
+    def get(self, root: Path, file: str, size: int) -> tuple[int, Path]:
+        """The descriptor of a file that has so many bytes, and where it lies.
 
         Raises:
             SourceError: it has not, or cannot be opened.
         """
         with self._lock:
-            if path not in self._open:
+            if file not in self._open:
+                path = root / file
                 handle, now = open_regular(path)
                 if now != size:
                     os.close(handle)
@@ -78,14 +79,14 @@ class OpenFiles:
                         found=f"{now:,} bytes",
                         hint="leave the source alone during a run, then start again",
                     )
-                self._open[path] = handle
-            return self._open[path]
+                self._open[file] = handle, path
+            return self._open[file]
 
     def close(self) -> None:
         """Close them all; no read may be under way."""
         with self._lock:
             while self._open:
-                os.close(self._open.popitem()[1])
+                os.close(self._open.popitem()[1][0])
 
     def __del__(self) -> None:
         self.close()

@@ -256,8 +256,7 @@ class Checkpoint:
         """
         shards = {}
         for file, size in sorted(self.files.items()):
-            path = self.root / file
-            handle = self._handles.get(path, size)
+            handle, path = self._handles.get(self.root, file, size)
             header = min(8 + int.from_bytes(read_at(handle, 0, 8, path), "little"), size, 8 + MAX_HEADER)
             samples = hashlib.sha256()
             for offset, length in _sample_extents(header, size):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from dsv4q.layout.dims import CSA, DSPARK, HCA, MTP, SLIDING, Dims
 
@@ -77,12 +77,12 @@ class TensorSpec:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def module(self) -> str:
         """Upstream name of the module that owns it: the name without its last part."""
         return self.name.rpartition(".")[0]
 
-    @property
+    @cached_property
     def is_mtp(self) -> bool:
         """Whether it is the draft's: every kind of draft lies under `mtp.`."""
         return self.block.startswith("mtp.")
@@ -314,10 +314,16 @@ def head_copies(dims: Dims) -> dict[str, str]:
 
 def source_tensors(dims: Dims) -> list[TensorSpec]:
     """Every tensor of a BF16 checkpoint, in the order in which artifacts store them."""
+    return list(_source_tensors(dims))
+
+
+@lru_cache(maxsize=4)
+def _source_tensors(dims: Dims) -> tuple[TensorSpec, ...]:
+    """The same, made once: several parts of a command ask for the 34,000 of a whole model."""
     specs = list(_specs(dims, _EMBED, "embed", "", ""))
     for layer in range(dims.layers):
         specs += layer_tensors(dims, layer)
     specs += _specs(dims, _HEAD, "head", "", "")
     for stage in range(dims.draft.stages):
         specs += draft_tensors(dims, stage)
-    return specs
+    return tuple(specs)

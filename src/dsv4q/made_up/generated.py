@@ -203,13 +203,8 @@ class GeneratedCheckpoint(Checkpoint):
         """Bytes of these pools."""
         return sum(self._pool_bytes(kind) for kind in kinds)
 
-    def make_pools(self) -> None:
-        """Make every pool now instead of when it is first read."""
-        for kind in self.every_kind:
-            self.pool(kind)
-
     def pool(self, kind: Kind) -> np.ndarray[Any, Any]:
-        """The bytes of a pool, U8."""
+        """The bytes of a pool, U8; made when they are first read."""
         found = self._pools.host.get(kind)
         if found is None:
             with self._pools.lock:

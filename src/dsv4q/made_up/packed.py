@@ -134,14 +134,6 @@ class PackedCheckpoint(Checkpoint):
         bits = {MXFP4_GRID: 4 + 8 / GROUP, FP8_GRID: 8}
         return sum(int(self.plain.pool_length(k) * bits[k.name] / 8) for k in packed) + self.plain.bytes_of(others)
 
-    def make_pools(self) -> None:
-        """Make every pool now instead of when it is first read."""
-        packed, others = self._every_kind
-        for kind in packed:
-            self._pool(kind)
-        for kind in others:
-            self.plain.pool(kind)
-
     def _pool(self, kind: Kind) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         found = self._pools.made.get(kind)
         if found is None:

@@ -7,23 +7,45 @@ entry points. Each function states why it exists and when it can go.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization.lifecycle import apply
-from compressed_tensors.utils import get_direct_state_dict, patch_attr
-from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from llmcompressor.modifiers.quantization.quantization import base as modifier_base
-from loguru import logger
 from torch import nn
-from transformers import PreTrainedModel, conversion_mapping
-from transformers.core_model_loading import WeightRenaming
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
-from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def without_module(name: str) -> Iterator[None]:
+    """Context in which a module that nothing has imported yet is as good as not installed.
+
+    Reason: transformers imports scikit-learn where it is there, for assisted generation, which nothing here does. That
+    takes a second or more of every command that builds a model. For transformers it is not there from then on.
+    Link: transformers `generation/candidate_generator.py`. Versions: 5.15 to 5.17. Goes when it is imported on use.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # what Python's import system takes for "not there"
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+with without_module("sklearn"):
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.config import CompressionFormat
+    from compressed_tensors.quantization.lifecycle import apply
+    from compressed_tensors.utils import get_direct_state_dict, patch_attr
+    from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+    from llmcompressor.modifiers.quantization.quantization import base as modifier_base
+    from loguru import logger
+    from transformers import PreTrainedModel, conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+    from transformers.utils import logging as transformers_logging
 
 _TALKATIVE = ("llmcompressor", "compressed_tensors")
 

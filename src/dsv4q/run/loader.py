@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from functools import partial
 import torch
 
 from dsv4q.checkpoint.alike import stored_kind
-from dsv4q.checkpoint.pipes import Stopped, loaded_ahead
+from dsv4q.checkpoint.pipes import Behind, Stopped, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.formats.dtypes import tensor_bytes, torch_dtypes
 from dsv4q.host import cores
@@ -183,6 +184,8 @@ class Loader:
     def blocks(self, wanted: Sequence[BlockTask], check_stop: Callable[[], None]) -> Iterator[Iterator[LoadedBlock]]:
         """The wanted blocks, loaded; each must be given to `release` before the next one is asked for.
 
+        The first ones are read from now on, whenever they are asked for.
+
         Raises (from the iterator):
             WeightError: NaN or Inf in a tensor that stays on the host.
             SourceError: the source cannot be read.
@@ -201,9 +204,12 @@ class Loader:
                 threads=1,
                 check_stop=partial(self._wait, check_stop),
             ) as loaded,
+            Behind(1, 1) as beside,
         ):
             try:
-                yield self._paced(block for _, block in loaded)
+                blocks = self._paced(block for _, block in loaded)
+                first = beside.put(partial(next, blocks, None))
+                yield _beginning_with(first, blocks)
             finally:
                 self._stop.set()
 
@@ -360,6 +366,13 @@ class Loader:
     def _decoded(self, spec: TensorSpec, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         moved = [part.to(self.device, non_blocking=True) for part in parts]
         return self.source.decoded(spec.name, moved) if len(moved) > 1 else moved[0]
+
+
+def _beginning_with(first: Future[LoadedBlock | None], others: Iterator[LoadedBlock]) -> Iterator[LoadedBlock]:
+    block = first.result()
+    if block is not None:
+        yield block
+        yield from others
 
 
 def _is_experts(work: TensorWork) -> bool:

@@ -19,7 +19,7 @@ from dsv4q.checkpoint.shards import ShardPlan
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter
 from dsv4q.console import Console, Progress
-from dsv4q.host import peak_memory, stoppable, usable_device
+from dsv4q.host import gpu_memory_errors, peak_memory, prompt_threads, stoppable, usable_device
 from dsv4q.plan.needs import CUDA_BYTES, GpuUse, too_small
 from dsv4q.plan.plan import Plan
 from dsv4q.plan.work import WorkTable
@@ -90,42 +90,35 @@ def run_blocks(run: Run, journal: Journal, console: Console) -> list[dict[str, i
 def _run_blocks(run: Run, journal: Journal, writer: ShardWriter, console: Console) -> None:
     """`oneshot` on a model without memory, with our pipeline; it reads, calibrates, encodes and writes."""
     from dsv4q.run.copying import Copying
-    from dsv4q.run.loader import BlockTask
+    from dsv4q.run.schedule import Schedule
 
+    less = (
+        "free the GPU of other work, say with --gpu-memory how much of it to use, or lower calibration.micro_batch "
+        "and use --no-resume; finished blocks are kept"
+    )
+    room = f"about {run.gpu.nbytes if run.gpu else 0:,} bytes free"
     work = WorkTable(run.plan, run.ranks.share.count)
     todo = {block: part for block, part in work.blocks.items() if run.plan.block_tensors(block)}
     nbytes = {block: sum(w.spec.nbytes for w in part) for block, part in todo.items()}
     with (
-        stoppable() as check_stop,
+        stoppable(still_beginning=True) as check_stop,
         BackgroundWriter(writer) as behind,
         console.progress("quantizing", sum(nbytes.values())) as progress,
+        gpu_memory_errors(f"--device {run.device}", expected=room, hint=less),
+        prompt_threads(),
     ):
         progress.skip(sum(nbytes.get(block, 0) for block in journal.done))
         advance = _advance(progress)
-        copied = [b for b in work.copied if b not in journal.done]
-        tasks = [BlockTask(block, todo[block], run.ranks.share.rank, encode=True) for block in copied]
-        with Copying(tasks, run.source, behind.put, advance) as copying:
-            # Seconds of imports, in which the disk has something to do already.
+        schedule = Schedule(
+            run.plan, work, run.source, journal, run.data, run.device, run.gpu, run.ranks,
+            behind.put, advance, check_stop,
+        )  # fmt: skip
+        with Copying(schedule.copied, run.source, behind.put, advance) as copying, schedule.begun() as blocks:
+            # Seconds of imports, in which disk and GPU have something to do already.
             from dsv4q.run.pipeline import BlockLoop, run_oneshot
 
             run_oneshot(
-                run.plan,
-                journal.folder,
-                lambda model: BlockLoop(
-                    model,
-                    run.plan,
-                    work,
-                    run.source,
-                    behind,
-                    journal,
-                    copying,
-                    run.data,
-                    run.device,
-                    run.gpu,
-                    run.ranks,
-                    advance,
-                    check_stop,
-                ),
+                run.plan, journal.folder, run.device, lambda model: BlockLoop(model, schedule, blocks, copying, behind)
             )
 
 

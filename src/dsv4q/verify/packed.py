@@ -9,7 +9,6 @@ Letters: T linears, M rows, N columns. Sources: OCP Microscaling Formats 1.0 (E2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,6 +20,8 @@ from dsv4q.formats.kernels import cpu_kernels
 
 GROUPS = 1 << 16
 """Groups of 16 columns that a CPU compares at once: half a megabyte of codes."""
+CODES, CODES_ON_GPU = 1 << 18, 1 << 24
+"""E4M3 codes that are compared at once."""
 _MAGNITUDES, _ONES = 0x7777777777777777, 0x1111111111111111
 """Of the 16 nibbles in a word: all bits but the signs; the lowest bits."""
 _DOUBLINGS = 3
@@ -174,30 +175,24 @@ def equal_fp8(weight: Tensor, scale: Tensor, stored: Tensor, block_scale: Tensor
         for linear in fine.nonzero().flatten().tolist():
             fine[linear] = kernels.equal_blocks(mine[linear].numpy(), yours[linear].numpy(), times[linear], table)
         return fine
-    if weight.is_cuda:  # one look at all of them: as a rule nothing has to be doubled
-        same = ((mine == yours) & (mine & 0x7F != 0x7F)).flatten(1).all(dim=1) & (shift == 0).flatten(1).all(dim=1)
-        if torch.equal(same & fine, fine):
-            return fine
-    for linear in fine.nonzero().flatten().tolist():
-        fine[linear] = _equal_blocks(mine[linear], yours[linear], shift[linear].tolist())
+    for linear in range(len(fine)):
+        fine[linear] &= _equal_blocks(mine[linear], yours[linear], shift[linear])
     return fine
 
 
-def _equal_blocks(mine: Tensor, yours: Tensor, shift: Sequence[Sequence[int]]) -> bool:
-    """Whether codes [M, N] (U8) are equal and no NaN; 128x128 of `yours` have units 2^-shift of those of `mine`."""
-    doubled = _doubled_e4m3().to(mine.device)
-    for row, shifts in enumerate(shift):
-        band = slice(row * 128, row * 128 + 128)
-        if not any(shifts):
-            if int((mine[band] & 0x7F).max()) == 0x7F or not torch.equal(mine[band], yours[band]):
-                return False
-            continue
-        for column, times in enumerate(shifts):
-            block = band, slice(column * 128, column * 128 + 128)
-            low, high = (mine[block], yours[block]) if times >= 0 else (yours[block], mine[block])
-            if not torch.equal(doubled[abs(times)][low.to(torch.int32)], high.to(torch.int16)):
-                return False
-    return True
+def _equal_blocks(mine: Tensor, yours: Tensor, shift: Tensor) -> Tensor:
+    """Whether codes [M, N] (U8) are equal and no NaN, Bool []; 128x128 of `yours` have units 2^-shift of `mine`'s."""
+    doubled = _doubled_e4m3().to(mine.device).flatten()
+    rows, columns = mine.shape
+    step = max(1, (CODES_ON_GPU if mine.is_cuda else CODES) // columns // 128) * 128
+    fine = torch.ones((), dtype=torch.bool, device=mine.device)
+    for start in range(0, rows, step):
+        one, other = (codes[start : start + step].to(torch.int32) for codes in (mine, yours))
+        times = shift[start // 128 : (start + step) // 128].repeat_interleave(128, 0)[: len(one)]
+        times = times.repeat_interleave(128, 1)[:, :columns]
+        low, high = torch.where(times < 0, other, one), torch.where(times < 0, one, other)
+        fine &= (doubled.index_select(0, (times.abs() * 256 + low).flatten()) == high.flatten()).all()
+    return fine
 
 
 @cache
