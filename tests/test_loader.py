@@ -47,8 +47,7 @@ class Readers:
 
 
 def test_no_more_threads_read_than_are_allowed_and_all_get_their_turn() -> None:
-    pace = Pace(4)
-    pace.allow(2)
+    pace = Pace(4, 2)
     readers = Readers(pace, 8)
     assert readers.come_to(2)
     pace.allow(3)
@@ -69,9 +68,12 @@ def block(*, experts: bool) -> LoadedBlock:
     return LoadedBlock(BlockTask("", (), 0, encode=True), memory, memory=memory)
 
 
-def test_a_gpu_reads_with_all_threads_until_its_first_experts_are_there_and_with_few_beside_its_work() -> None:
+def test_a_gpu_reads_with_all_threads_from_when_it_waits_until_its_first_experts_are_there() -> None:
     paced = loader_of("cuda")
-    seen = [paced._pace.allowed for _ in paced._paced(iter([block(experts=False), *[block(experts=True)] * 3]))]
+    blocks = paced._paced(iter([block(experts=False), *[block(experts=True)] * 3]))
+    paced._wait(lambda: None)
+    assert paced._pace.allowed == BESIDE, "nobody has asked for a block yet"
+    seen = [paced._pace.allowed for _ in blocks]
     assert seen == [READ_THREADS, BESIDE, BESIDE, BESIDE]
 
 

@@ -128,9 +128,15 @@ def test_a_config_that_does_not_speak_of_mtp_gives_a_model_without_it() -> None:
     assert len(build_meta_model(config, "somewhere").mtp) == 0
 
 
-def test_building_leaves_the_default_dtype_as_it_was() -> None:
-    build_meta_model(tiny_config(), "somewhere")
-    assert torch.get_default_dtype() is torch.float32
+def test_building_leaves_torchs_default_dtype_alone_with_which_other_threads_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(_: torch.dtype) -> None:
+        raise AssertionError("the default dtype is changed")
+
+    monkeypatch.setattr(torch, "set_default_dtype", never)
+    model = build_meta_model(tiny_config(), "somewhere")
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16, torch.float32}
 
 
 def test_a_tensor_that_the_model_does_not_have_is_refused_by_name() -> None:

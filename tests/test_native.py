@@ -38,7 +38,7 @@ from dsv4q.made_up.native import codes_and_scales, grid_form, native_form, store
 from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.plan.plan import make_plan
 from dsv4q.quantize import Job
-from dsv4q.run import pipeline
+from dsv4q.run import schedule
 from dsv4q.run.memory import ExpertMemory, memory_maker, place_of
 from dsv4q.verify.judge import verify
 from runs import CONFIGS, FLASH, at_toy_size, finished_files, run
@@ -484,7 +484,7 @@ def test_experts_decoded_one_at_a_time_give_the_same_artifact(
         return memory_maker(*args, step=1, **kwargs)
 
     run(job(release[0], tmp_path / "all", config))
-    monkeypatch.setattr(pipeline, "memory_maker", one_at_a_time)
+    monkeypatch.setattr(schedule, "memory_maker", one_at_a_time)
     run(job(release[0], tmp_path / "one", config))
     assert steps == [2]
     names = [name for name in finished_files(tmp_path / "all") if name.endswith(".safetensors")]

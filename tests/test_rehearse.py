@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsv4q import rehearse as story
 from dsv4q.__main__ import main
@@ -124,6 +125,15 @@ def test_two_rehearsals_give_the_same_shards(kept: Path, source: Path, tmp_path:
     shards = sorted(path.name for path in kept.glob("*.safetensors"))
     assert len(shards) == 4
     assert [n for n in shards if (kept / n).read_bytes() != (tmp_path / "again" / n).read_bytes()] == []
+
+
+def test_nothing_changes_the_dtype_that_all_threads_compute_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", changed.append)
+    run(tmp_path / "out", source, layers=1, native=True)
+    assert changed == []
 
 
 def test_native_weights_give_the_shards_of_the_plain_ones(kept: Path, source: Path, tmp_path: Path) -> None:

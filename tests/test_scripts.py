@@ -179,7 +179,9 @@ def test_the_beginning_of_a_command_is_told_moment_by_moment(tmp_path: Path) -> 
     line = ["rehearse", tmp_path / "out", "--source", tmp_path / "model", "--config", CONFIGS / "toy.yaml"]
     command = [sys.executable, SCRIPTS / "bench_start.py", "--stop", *line, "--device", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    moments = [line.partition(" s: ") for line in done.stderr.splitlines() if " s: " in line]
-    assert [name.split()[0] for _, _, name in moments] == ["the", "torch,", "transformers", "libraries,"]
-    assert [float(seconds) for seconds, _, _ in moments] == sorted(float(seconds) for seconds, _, _ in moments)
+    moments = [line.partition(" of work: ") for line in done.stderr.splitlines() if " of work: " in line]
+    names = [name.partition(" ")[0].strip(",") for _, _, name in moments]
+    assert names == ["the", "torch", "the", "transformers", "llmcompressor", "model"]
+    for times in zip(*([float(time.split()[0]) for time in times.split(",")] for times, _, _ in moments), strict=True):
+        assert list(times) == sorted(times)
     assert done.stdout == ""

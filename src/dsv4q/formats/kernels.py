@@ -48,6 +48,12 @@ def cpu_kernels() -> ModuleType | None:
     return kernels
 
 
+def import_kernels() -> None:
+    """Import what compiles them on this thread, rather than on whichever wants a kernel first."""
+    _triton()
+    cpu_kernels()
+
+
 _ELEMENTS = 1 << 21
 """Work enough for a thread."""
 
@@ -269,7 +275,7 @@ def warm_up(device: torch.device) -> None:
         packed, scale = (torch.zeros((16, 256, n), dtype=torch.uint8, device=device) for n in (128, 8))
         mxfp4_decode(packed, scale, torch.empty_like(weight))
         nvfp4_grid_bits(weight)
-        scales, one = torch.ones((16, 256, 16), device=device), torch.ones(16, device=device)
+        scales, one = (torch.ones(shape, dtype=torch.float32, device=device) for shape in ((16, 256, 16), (16,)))
         for shared in (1, 2):
             nvfp4_exact(weight.unflatten(0, (-1, shared)))
         for keep in (True, False):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ class PackedCheckpoint(Checkpoint):
         """The pieces of the codes, or of MXFP4's scales: those of the BF16 tensor, so many times as short."""
         extents = list(self.plain.extents(spec.name))
         n = _TIMES[self.plain.kinds[spec.name].name, part]
-        return [replace(e, start=e.start // n, nbytes=e.nbytes // n, offset=e.offset // n) for e in extents]
+        return [Extent(e.start // n, e.nbytes // n, e.kind, e.offset // n) for e in extents]
 
     def _block_scales(self, spec: TensorSpec, entry: TensorEntry) -> bytes:
         """Scales of an FP8 tensor: one for each band of 128 rows, of E8M0 or F32."""

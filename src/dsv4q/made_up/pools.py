@@ -140,7 +140,7 @@ def _e4m3_quantiles() -> np.ndarray[Any, Any]:
     import torch
 
     normal = NormalDist(sigma=_SIGMA)
-    quantiles = torch.tensor([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)])
+    quantiles = torch.tensor([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)], dtype=torch.float32)
     return quantiles.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 

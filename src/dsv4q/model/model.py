@@ -242,7 +242,7 @@ def build_meta_model(
         hf_config = DeepseekV4Config.from_dict(settings)
         hf_config.dtype = torch.bfloat16
         hf_config._attn_implementation = "eager"
-        with torch.device("meta"), upstream.default_dtype(torch.bfloat16):
+        with torch.device("meta"):
             model = DeepseekV4ForCausalLMWithMTP(hf_config, expert_modules)
     except (KeyError, TypeError, ValueError) as error:  # a value that transformers looks at first here
         raise SourceError(
@@ -251,9 +251,10 @@ def build_meta_model(
             found=f"{type(error).__name__}: {error}"[:300],
             hint="compare it with config.json of the release",
         ) from error
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and any(part in name for part in upstream.F32_TENSORS):
-            set_tensor(model, name, tensor.to(torch.float32))
+    # Not by torch's default dtype, which is that of other threads too: the first blocks come in meanwhile.
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in upstream.F32_TENSORS):
+            set_tensor(model, name, parameter.to(torch.bfloat16))
     model.requires_grad_(False)
     model.config._name_or_path = name_or_path
     return model.eval()

@@ -135,17 +135,6 @@ def weights_on_every_rank() -> Iterator[None]:
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build modules in `dtype`; PyTorch's process-wide default dtype is restored on exit."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep llmcompressor's and compressed-tensors' log lines, tqdm bars and config warnings off the terminal.
 

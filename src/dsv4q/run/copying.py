@@ -12,12 +12,12 @@ from typing import Self
 
 import torch
 
-from dsv4q.checkpoint.pipes import THREADS, Behind, loaded_ahead
+from dsv4q.checkpoint.pipes import Behind, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.formats.dtypes import tensor_bytes
-from dsv4q.host import cores
+from dsv4q.host import compute_alone, cores
 from dsv4q.plan.work import RankWork, TensorWork
-from dsv4q.run.loader import BlockTask, Put, read_to_copy
+from dsv4q.run.loader import BESIDE, BlockTask, Put, read_to_copy
 
 
 class Copying(Behind):
@@ -54,9 +54,10 @@ class Copying(Behind):
     def _copy(self, task: BlockTask) -> RankWork:
         done = RankWork(task.rank)
         wanted = [work for work in task.work if task.reads(work)]
-        # Imports go on beside it, and writing.
-        few = max(1, min(THREADS, cores() // 4))
-        with loaded_ahead(wanted, self._read, lambda work: work.spec.nbytes, threads=few) as read:
+        # Imports go on beside it, whose thread many others would keep waiting, and writing.
+        few = max(1, min(BESIDE, cores() // 4))
+        ahead = loaded_ahead(wanted, self._read, lambda work: work.spec.nbytes, threads=few, begin=compute_alone)
+        with ahead as read:
             for work, tensor in read:
                 self.check()
                 names = task.keeps(work)

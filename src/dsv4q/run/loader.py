@@ -79,14 +79,15 @@ class BlockTask:
 
 
 class Pace:
-    """How many threads may read at once: all of them at first.
+    """How many threads may read at once.
 
     Args:
         threads: that there are.
+        allowed: of them, at first.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.threads = self.allowed = threads
+    def __init__(self, threads: int, allowed: int) -> None:
+        self.threads, self.allowed = threads, min(threads, allowed)
         self._reading = 0
         self._change = threading.Condition()
         """Guards what is above; notified when a thread may begin."""
@@ -175,10 +176,12 @@ class Loader:
     _made: deque[ExpertMemory] = field(default_factory=deque)
     """That which is used next comes first."""
     _stop: threading.Event = field(default_factory=threading.Event)
+    _wanted: threading.Event = field(default_factory=threading.Event)
+    """Somebody waits for blocks; before, they come in beside imports, whose thread many others would keep waiting."""
     _pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
-        self._pace = Pace(READ_THREADS if self.device.type == "cuda" else min(READ_THREADS, cores()))
+        self._pace = Pace(READ_THREADS if self.device.type == "cuda" else min(READ_THREADS, cores()), BESIDE)
 
     @contextmanager
     def blocks(self, wanted: Sequence[BlockTask], check_stop: Callable[[], None]) -> Iterator[Iterator[LoadedBlock]]:
@@ -207,14 +210,16 @@ class Loader:
             Behind(1, 1) as beside,
         ):
             try:
-                blocks = self._paced(block for _, block in loaded)
+                blocks = (block for _, block in loaded)
                 first = beside.put(partial(next, blocks, None))
-                yield _beginning_with(first, blocks)
+                yield self._paced(_beginning_with(first, blocks))
             finally:
                 self._stop.set()
 
     def _paced(self, loaded: Iterator[LoadedBlock]) -> Iterator[LoadedBlock]:
         """The blocks. The first decoder block is waited for whatever reads it; what comes next is read beside work."""
+        self._wanted.set()
+        self._pace.allow(self._pace.threads)
         on_the_way = self.device.type == "cuda"
         for block in loaded:
             if on_the_way and block.memory is not None:
@@ -224,7 +229,8 @@ class Loader:
 
     def _wait(self, check_stop: Callable[[], None]) -> None:
         """A block has been waited for, for a tenth of a second and then again."""
-        self._pace.allow(2 * self._pace.allowed)
+        if self._wanted.is_set():
+            self._pace.allow(2 * self._pace.allowed)
         check_stop()
 
     def release(self, block: LoadedBlock) -> None:
