@@ -8,7 +8,8 @@ Each rank puts the tensors that the plan gives to it, as `quantize` does, and le
 puts the next one; nothing is computed. Without torchrun one process does all. FOLDER is emptied afterwards. Rank 0
 prints one JSON object: seconds from the end of one block to the end of the next, and GB/s over all. With `--whole` it
 is every block of the artifact, 181 GB, and each shard is deleted by another thread once it is whole, as `rehearse` has
-it: so long a rehearsal takes at least, on that disk.
+it: so long a rehearsal takes at least, on that disk. Then it also says for how many seconds that thread was deleting,
+and how many of them writing had to wait for it.
 
 For comparison: with `--every-rank-syncs` each rank calls fsync for each file that it wrote into, with `--advise`
 write-back is begun by `posix_fadvise`. So it was until 2026-11-26.
@@ -75,7 +76,8 @@ def measure(folder: Path, rehearsal: Rehearsal, here: Ranks, *, each: bool, whol
     nbytes = sum(t.nbytes for block in blocks for t in plan.block_tensors(block))
     each = [end - start for start, end in zip([begin, *ends], ends, strict=False)]
     return {"ranks": here.share.count, "gigabytes": nbytes / 1e9, "seconds": [round(s, 3) for s in each],
-            "gigabytes_per_second": round(nbytes / 1e9 / (ends[-1] - begin), 3)}  # fmt: skip
+            "gigabytes_per_second": round(nbytes / 1e9 / (ends[-1] - begin), 3),
+            "deleting": round(dropping.busy, 3), "waited_for_it": round(dropping.waited, 3)}  # fmt: skip
 
 
 def main() -> None:
