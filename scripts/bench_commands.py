@@ -280,7 +280,7 @@ def by_size(
     figures |= {"walls": [one["wall"] for _, one in runs]}
     if many:
         figures["seconds_a_layer"] = seconds / (many - few)
-    if nbytes is not None and nbytes in last:
+    if nbytes is not None:
         figures["gigabytes_per_second"] = (last[nbytes] - first.get(nbytes, 0)) / 1e9 / seconds
     bench.keep(line, version, last, **figures)
 

@@ -307,18 +307,6 @@ def quick_beginning() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Context of code that makes objects by the hundred thousand, all of which stay: no search for reference cycles."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
-
-
 _beginning = False
 """Whether a command's `quick_beginning` has not come to its long work yet."""
 

@@ -29,7 +29,6 @@ from dsv4q.checkpoint.downloads import Holes
 from dsv4q.checkpoint.headers import Findings, TensorEntry, few
 from dsv4q.checkpoint.source import Checkpoint, require_sound, scan
 from dsv4q.errors import SourceError
-from dsv4q.host import without_collector
 from dsv4q.layout import Dims, Role, Shape, TensorSpec, source_tensors
 
 if TYPE_CHECKING:
@@ -182,7 +181,6 @@ def open_source(path: Path) -> Checkpoint:
     return require_sound(scan_source(path), path)
 
 
-@without_collector()
 def scan_source(path: Path) -> Checkpoint:
     """Read a checkpoint's headers and see how it is stored; see `source.scan`.
 

@@ -48,12 +48,6 @@ def cpu_kernels() -> ModuleType | None:
     return kernels
 
 
-def import_kernels() -> None:
-    """Import what compiles them on this thread, rather than on whichever wants a kernel first."""
-    _triton()
-    cpu_kernels()
-
-
 _ELEMENTS = 1 << 21
 """Work enough for a thread."""
 
@@ -261,6 +255,12 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, ends: Tensor | None = None) -
     if ends is not None:
         ends[:, 0] = torch.stack(torch.aminmax(hidden))
     return hidden
+
+
+def import_for(device: torch.device) -> None:
+    """Import Triton on this thread if the device wants it, for other libraries import it too."""
+    if device.type == "cuda":
+        _triton()
 
 
 def warm_up(device: torch.device) -> None:

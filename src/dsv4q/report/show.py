@@ -173,7 +173,7 @@ def verifying(console: Console, artifact: Path, *, reads: bool) -> Iterator[Call
         reads: the data is read, not only headers.
     """
     nbytes = sum(p.stat().st_size for p in artifact.glob("*.safetensors")) if reads and artifact.is_dir() else 0
-    with stoppable() as check_stop, console.progress("verifying", nbytes) as bar:
+    with stoppable(still_beginning=True) as check_stop, console.progress("verifying", nbytes) as bar:
 
         def progress(label: str, now: int, total: int) -> None:
             check_stop()

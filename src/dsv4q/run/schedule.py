@@ -16,7 +16,7 @@ from dsv4q.checkpoint.journal import Journal
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.data.tokens import CalibrationData
-from dsv4q.formats.kernels import import_kernels, warm_up
+from dsv4q.formats.kernels import import_for, warm_up
 from dsv4q.plan.needs import GpuUse
 from dsv4q.plan.plan import Plan
 from dsv4q.plan.work import WorkTable
@@ -80,7 +80,7 @@ class Schedule:
     @contextmanager
     def begun(self) -> Iterator[Iterator[LoadedBlock]]:
         """Context in which the blocks of `tasks` come in, the first ones from now on; see `Loader.blocks`."""
-        import_kernels()  # not on two threads at once with what else imports Triton
+        import_for(self.device)  # before it is imported on two threads at once
         with Behind(1, 1) as beside:
             beside.put(partial(warm_up, self.device))
             with self.loader.blocks(self.tasks, self.check_stop) as blocks:

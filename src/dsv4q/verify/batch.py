@@ -18,7 +18,7 @@ from dsv4q.formats.dtypes import torch_dtypes
 from dsv4q.formats.error import TensorError
 from dsv4q.layout import Shape, TensorSpec
 from dsv4q.verify.case import BATCH_BYTES, PACKED_BATCH_BYTES, Case
-from dsv4q.verify.linear import HOST_PASSES, Linear, bytes_on_disk
+from dsv4q.verify.linear import HOST_PASSES, Linear, bytes_on_disk, bytes_stored
 from dsv4q.verify.packed import equal_fp8, equal_mxfp4
 from dsv4q.verify.schemes import FP8, NVFP4, StoredScheme
 
@@ -43,7 +43,7 @@ class LinearBatch:
         self.case, self.scheme, self.specs, self.quick = case, scheme, specs, quick
         self.label = specs[0].block
         self.suffixes = tuple(scheme.stored(specs[0].shape))
-        self.size = sum(case.sound[f"{spec.module}.{suffix}"].nbytes for spec in specs for suffix in self.suffixes)
+        self.size = bytes_stored(case, specs)
         self.read = self.size + bytes_on_disk(case, specs)
         self.on_host = case.device is not None and case.device.type == "cpu"
         self.memory = HOST_PASSES * specs[0].nbytes if self.on_host else self.read
@@ -230,15 +230,11 @@ class _Piece:
         return tensor[:, start // height : -(-end // height)]
 
 
-def is_full(case: Case, specs: Sequence[TensorSpec]) -> bool:
-    """Whether linears that are judged together are as many as may be: one more would be too much."""
-    first, together = specs[0], len(specs) + 1
-    if not is_packed(case, first):
-        return together * 2 * first.nbytes > BATCH_BYTES
-    stored = sum(
-        case.sound[f"{first.module}.{one}"].nbytes for one in case.contract.schemes[first.module].stored(first.shape)
-    )
-    return together * (stored + bytes_on_disk(case, [first])) > PACKED_BATCH_BYTES
+def most_together(case: Case, spec: TensorSpec) -> int:
+    """Of linears like this one how many are judged together, at most."""
+    if is_packed(case, spec):
+        return max(1, PACKED_BATCH_BYTES // (bytes_stored(case, [spec]) + bytes_on_disk(case, [spec])))
+    return max(1, BATCH_BYTES // (2 * spec.nbytes))
 
 
 def is_packed(case: Case, spec: TensorSpec) -> bool:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TypeGuard
 
 from dsv4q.checkpoint.files import INDEX
-from dsv4q.host import without_collector
 from dsv4q.layout import DTYPE_BYTES, Shape
 from dsv4q.verify.result import Log, few
 
@@ -138,7 +137,6 @@ def _check_names(files: Sequence[str], named: set[str], log: Log) -> None:
 # ------------------------------------------------------------------------------------------------ headers
 
 
-@without_collector()
 def read_shards(root: Path, log: Log) -> Headers:
     """Every shard that lies in the folder or that the index names."""
     index, total_size = _read_index(root, log)

@@ -32,7 +32,7 @@ from dsv4q.checkpoint.native import scan_source
 from dsv4q.checkpoint.pipes import BUDGET, THREADS, loaded_ahead
 from dsv4q.checkpoint.source import Checkpoint
 from dsv4q.errors import SourceError, VerificationFailed, command
-from dsv4q.host import compute_alone, cores, usable_device
+from dsv4q.host import compute_alone, cores, end_beginning, usable_device
 from dsv4q.layout import Dims
 from dsv4q.verify.case import Case, Contract
 from dsv4q.verify.config import judge_model_config
@@ -210,6 +210,7 @@ class Judge:
         self._check_attention_scales()
         if self.case.source is not None:
             compare_folders(self.case)
+        end_beginning()
         before = len(self.log.differences)
         self._judge_values(list(self.case.sound), progress)
         self._judge_inputs()

@@ -9,7 +9,6 @@ from typing import Any
 
 from dsv4q.checkpoint.native import says_native
 from dsv4q.errors import SourceError, command
-from dsv4q.host import without_collector
 from dsv4q.layout import Dims
 from dsv4q.verify.case import COMPRESSED, Contract
 from dsv4q.verify.files import Headers
@@ -42,7 +41,6 @@ def kind_of(artifact: Path, config: Mapping[str, Any], headers: Headers) -> str:
     return PLAIN if config.get("quantization_config") is None else QUANTIZED
 
 
-@without_collector()
 def contract_of(
     artifact: Path, config: Mapping[str, Any], dims: Dims, headers: Headers, kind: str, log: Log
 ) -> Contract:

@@ -40,6 +40,12 @@ HOST_PASSES = 8
 """Times the bytes of a BF16 weight that a CPU has in memory while it judges one linear."""
 
 
+def bytes_stored(case: Case, specs: Iterable[TensorSpec]) -> int:
+    """Of what the artifact has of these weights."""
+    suffixes = ((spec, suffix) for spec in specs for suffix in case.contract.schemes[spec.module].stored(spec.shape))
+    return sum(case.sound[f"{spec.module}.{suffix}"].nbytes for spec, suffix in suffixes)
+
+
 def bytes_on_disk(case: Case, specs: Iterable[TensorSpec]) -> int:
     """Of what the source has of these weights."""
     source = case.source
@@ -87,7 +93,7 @@ class Linear:
         self.spec, self.scheme, self.shared = spec, scheme, SharedScales(self.case, pairs, kept)
         self.names = {suffix: f"{spec.module}.{suffix}" for suffix in scheme.stored(spec.shape)}
         self.label = spec.block
-        self.size = sum(case.sound[name].nbytes for name in self.names.values())
+        self.size = bytes_stored(case, [spec])
         self.read = self.size + bytes_on_disk(case, [spec])
         self.on_host = case.device is not None and case.device.type == "cpu"
         self.memory = self.size + (0 if case.source is None else spec.nbytes * (HOST_PASSES if self.on_host else 1))

@@ -119,11 +119,10 @@ def _equal_words(mine: Tensor, yours: Tensor, shift: Tensor) -> Tensor:
 
     Units of `yours` are 2^-shift of those of `mine`; a shift that is out of all reach belongs to a scale that is none.
     """
+    fine = torch.ones(len(mine), dtype=torch.bool, device=mine.device)
     odd = (mine != yours) | (shift != 0)
-    fine = ~odd.any(dim=1)
-    if bool(fine.all()):
+    if not bool(odd.any()):
         return fine
-    fine[:] = True
     place = odd.flatten().nonzero().flatten()
     left = shift.flatten().index_select(0, place)
     one, other = (words.flatten().index_select(0, place) for words in (mine, yours))
@@ -171,7 +170,7 @@ def equal_fp8(weight: Tensor, scale: Tensor, stored: Tensor, block_scale: Tensor
     shift = (source - (theirs >> 23)).clamp(-_E4M3_DOUBLINGS, _E4M3_DOUBLINGS)
     kernels = None if weight.is_cuda else cpu_kernels()
     if kernels is not None:
-        table, times = _doubled_e4m3().numpy(), shift.to(torch.int64).numpy()
+        table, times = _doubled_e4m3(weight.device).numpy(), shift.to(torch.int64).numpy()
         for linear in fine.nonzero().flatten().tolist():
             fine[linear] = kernels.equal_blocks(mine[linear].numpy(), yours[linear].numpy(), times[linear], table)
         return fine
@@ -182,7 +181,7 @@ def equal_fp8(weight: Tensor, scale: Tensor, stored: Tensor, block_scale: Tensor
 
 def _equal_blocks(mine: Tensor, yours: Tensor, shift: Tensor) -> Tensor:
     """Whether codes [M, N] (U8) are equal and no NaN, Bool []; 128x128 of `yours` have units 2^-shift of `mine`'s."""
-    doubled = _doubled_e4m3().to(mine.device).flatten()
+    doubled = _doubled_e4m3(mine.device).flatten()
     rows, columns = mine.shape
     step = max(1, (CODES_ON_GPU if mine.is_cuda else CODES) // columns // 128) * 128
     fine = torch.ones((), dtype=torch.bool, device=mine.device)
@@ -196,7 +195,7 @@ def _equal_blocks(mine: Tensor, yours: Tensor, shift: Tensor) -> Tensor:
 
 
 @cache
-def _doubled_e4m3() -> Tensor:
+def _doubled_e4m3(device: torch.device) -> Tensor:
     """I16 [1 + doublings, 256]: the code of each code's value, doubled so often; -1 where there is none, and of NaN."""
     table = torch.arange(256, dtype=torch.int16)
     table[[0x7F, 0xFF]] = -1
@@ -207,7 +206,7 @@ def _doubled_e4m3() -> Tensor:
         double = torch.where(magnitude < 8, magnitude * 2, magnitude + 8)
         lost = (tables[-1] < 0) | (double >= 0x7F)
         tables.append((double | tables[-1] & 0x80).masked_fill(lost, -1))
-    return torch.stack(tables)
+    return torch.stack(tables).to(device)
 
 
 def _is_power_of_two(bits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4q.checkpoint.native import entries_of
 from dsv4q.layout import TensorSpec
-from dsv4q.verify.batch import LinearBatch, is_full
+from dsv4q.verify.batch import LinearBatch, most_together
 from dsv4q.verify.case import Case, ValueCheck
 from dsv4q.verify.inputs import SeenInputs, input_scales
 from dsv4q.verify.linear import Linear, SharedScales
@@ -41,6 +41,7 @@ class ValueChecks:
                 yield from UntouchedTensor(case, name, case.sound[name], self._twins).checks()
         here = frozenset(names)
         batches: dict[tuple[object, ...], list[TensorSpec]] = defaultdict(list)
+        most: dict[tuple[object, ...], int] = {}
         pairs: dict[str, str] = {}
         for spec, scheme in case.contract.whole_linears(names):
             shared = self._shared(spec.module, scheme, here)
@@ -49,9 +50,12 @@ class ValueChecks:
                 continue
             pairs |= shared
             kinds = (case.sound[f"{spec.module}.{suffix}"].dtype for suffix in scheme.stored(spec.shape))
-            batch = batches[(scheme.group, spec.shape, *kinds, *self._kinds_in_source(spec))]
+            key = (scheme.group, spec.shape, *kinds, *self._kinds_in_source(spec))
+            if key not in most:
+                most[key] = most_together(case, spec)
+            batch = batches[key]
             batch.append(spec)
-            if is_full(case, batch):
+            if len(batch) == most[key]:
                 yield LinearBatch(case, scheme, tuple(batch), quick=self.quick)
                 batch.clear()
         for batch in filter(None, batches.values()):
