@@ -19,8 +19,8 @@ a process of its own; its command and what it found are a line of JSON as soon a
     dequantize-cpu
     eval          dsv4q eval, 64 texts of 512 tokens
     start         bench_start.py --stop: dsv4q rehearse of all layers until the first one's forward
-    rehearse      dsv4q rehearse of all layers, in DeepSeek's own layout and unjudged where the version can
-    writes        bench_writes.py --whole: the disk's share of rehearse
+    rehearse      dsv4q rehearse of all layers, in DeepSeek's own layout and unjudged where the version can; the disk's
+                  share of it is bench_writes.py --whole, half of it before and half of it after
 
 With `--before` each line that the older version has is measured with its `src` and `scripts` too, on fewer layers, for
 it takes longer; on a CPU on one narrow layer, of 32 experts, in GB/s of the whole command. Seconds a layer are the
@@ -366,18 +366,29 @@ def start(bench: Bench, version: Version) -> None:
 
 
 def rehearse(bench: Bench, version: Version) -> None:
-    """Its beginning is on stderr."""
+    """Its beginning is on stderr. The disk alone is measured around that of this version only."""
+    disk = [writes(bench, "1/2")] if version == bench.now else []
     _, arguments = rehearsing(bench, version)
     run = bench.python(version, HERE / "bench_start.py", *arguments)
-    walls = [layer["wall"] for layer in layers_of(run["report"])]
-    bench.keep("rehearse", version, run, seconds=run["seconds"], peak=run["peak"], layers=walls)
+    layers = layers_of(run["report"])
+    walls = [layer["wall"] for layer in layers]
+    stages = {name: sum(layer[name] for layer in layers) for name in layers[-1]}
+    figures: Found = {"seconds": run["seconds"], "peak": run["peak"], "layers": walls, "stages": stages}
+    if version == bench.now:
+        disk.append(writes(bench, "2/2"))
+        figures |= {"disk": disk, "share": [run["wall"] / sum(disk)]}
+    bench.keep("rehearse", version, run, **figures)
 
 
-def writes(bench: Bench, version: Version) -> None:
-    config = ("--config", version.configs / "nvfp4-fp8-mtp.yaml")
-    run = bench.script(version, "bench_writes.py", bench.out("writes"), "--whole", *config, *bench.model())
-    figures = {"gigabytes": run["gigabytes"], "seconds": sum(run["seconds"]), "blocks": run["seconds"]}
-    bench.keep("writes", version, run, **figures, gigabytes_per_second=run["gigabytes_per_second"])
+def writes(bench: Bench, part: str) -> float:
+    """Seconds that the disk alone takes for a part of the artifact."""
+    config = ("--config", bench.now.configs / "nvfp4-fp8-mtp.yaml")
+    out = bench.out("writes")
+    run = bench.script(bench.now, "bench_writes.py", out, "--whole", "--part", part, *config, *bench.model())
+    seconds = sum(run["seconds"])
+    figures = {name: run[name] for name in ("gigabytes", "gigabytes_per_second", "deleting", "waited_for_it")}
+    bench.keep("writes", bench.now, run, seconds=seconds, blocks=run["seconds"], **figures)
+    return seconds
 
 
 Line = Callable[[Bench, Version], None]
@@ -386,7 +397,7 @@ LINES: dict[str, tuple[Line, bool]] = {
     "sink": (sink, True), "gpu-memory": (gpu_memory, False), "files": (files, True), "bf16": (bf16, True),
     "ranks": (two_ranks, True), "judge": (judge, True), "judge-cpu": (judge_cpu, True),
     "convert-cpu": (convert_cpu, True), "dequantize": (dequantize, True), "dequantize-cpu": (dequantize_cpu, False),
-    "eval": (evaluate, True), "start": (start, True), "rehearse": (rehearse, True), "writes": (writes, False),
+    "eval": (evaluate, True), "start": (start, True), "rehearse": (rehearse, True),
 }  # fmt: skip
 """Each with whether an older version is measured as well."""
 

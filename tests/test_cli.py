@@ -499,6 +499,16 @@ def test_a_plan_loads_no_heavy_library(folder: Path) -> None:
     assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_a_process_ends_without_a_search_for_cycles_among_what_it_made(folder: Path) -> None:
+    script = (
+        "import atexit, gc, sys; from dsv4q.__main__ import main\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 10_000))\n"
+        "main(sys.argv[1:])"
+    )
+    line = [sys.executable, "-c", script, "plan", str(folder / "source"), "-c", TOY, "-q"]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
 def test_skeleton_is_the_planned_artifact_with_holes(quantized: Result, folder: Path, tmp_path: Path) -> None:
     result = cli("plan", folder / "source", "-c", TOY, "--skeleton", tmp_path / "skeleton")
     assert result.code == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +233,46 @@ def test_shards_on_disk_are_as_many_as_planned_at_most(source: Path, tmp_path: P
     needed = result["planned"]["disk_bytes"]
     assert needed < whole + 2 * 1024 * 4 * 256 * 2  # the artifact and its residual streams
     assert 0 < result["peak"]["disk"] < needed + 200_000  # files take whole blocks; the work folder has small ones
+
+
+def planned_shards(out: Path, count: int) -> list[PlannedShard]:
+    """So many shards of a few bytes in `out`."""
+    out.mkdir()
+    for number in range(count):
+        (out / f"{number}.safetensors").write_bytes(b"shard")
+    return [PlannedShard(f"{number}.safetensors", ()) for number in range(count)]
+
+
+def test_two_shards_that_nobody_judges_are_deleted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, unlink = threading.Barrier(2), Path.unlink
+
+    def meet(path: Path) -> None:
+        both.wait(timeout=30)
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", meet)
+    shards = planned_shards(tmp_path / "out", 4)
+    with Dropping(None, tmp_path / "out", 0, keep=False) as dropping:
+        for shard in shards:
+            dropping.submit(shard)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_that_is_deleted_while_files_are_counted_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = planned_shards(tmp_path / "out", 2)
+    stat = Path.stat
+
+    def late(path: Path, **arguments: bool) -> os.stat_result:
+        if path.name == shards[0].file:
+            path.unlink(missing_ok=True)
+        return stat(path, **arguments)
+
+    monkeypatch.setattr(Path, "stat", late)
+    with Dropping(None, tmp_path / "out", 0, keep=True) as dropping:
+        dropping.submit(shards[1])
+    assert 0 < dropping.peak == stat(tmp_path / "out" / shards[1].file).st_blocks * 512
 
 
 # ------------------------------------------------------------------------------------------------ blocks alone

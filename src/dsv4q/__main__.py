@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -19,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         # llmcompressor logs from its import on, before anybody can ask it not to
         os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
     open_standard_streams()
+    atexit.register(gc.freeze)  # or Python, before it ends, looks for cycles in all that a run has made: seconds
     try:
         with quick_beginning():
             app(args=arguments)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +16,13 @@ from dsv4q.host import gpu_memory_errors
 Judging = Callable[[str, bytes, Callable[[], None]], None]
 
 TOGETHER = 2
-"""Shards that are being judged or wait for it; a further one has to wait before the run goes on."""
+"""Shards that are being judged or deleted, or wait for it; a further one has to wait before the run goes on."""
 
 
 class Dropping(Behind):
-    """A thread that has whole shards judged, one after another, and deletes them.
+    """Has whole shards judged, one after another, and deletes them, on a thread of its own.
+
+    Without a judge each is deleted by the next free of two threads: one may not delete as fast as the disk takes them.
 
     Args:
         judge: called with a file in `out`, the header that it must have, and a function that raises once nobody wants
@@ -30,13 +34,19 @@ class Dropping(Behind):
     """
 
     def __init__(self, judge: Judging | None, out: Path, device_bytes: int, *, keep: bool) -> None:
-        super().__init__(1, TOGETHER)
+        super().__init__(TOGETHER if judge is None else 1, TOGETHER)
         self.keep = keep
-        self.busy, self.waited = 0.0, 0.0
-        """Seconds that judging took, and that the run waited for it."""
+        self.waited = 0.0
+        """Seconds that the run waited for judging and deleting."""
         self.peak = 0
         """Bytes of OUT on disk when a shard had become whole, at most."""
         self._judge, self._out, self._device_bytes = judge, out, device_bytes
+        self._seconds: list[float] = []
+
+    @property
+    def busy(self) -> float:
+        """Seconds that judging and deleting took, all shards added up."""
+        return sum(self._seconds)
 
     def submit(self, shard: PlannedShard) -> None:
         """Hand over a shard; waits while `TOGETHER` others are not done."""
@@ -55,7 +65,12 @@ class Dropping(Behind):
                 self._judge(file, header, self.check)
         if not self.keep:
             path.unlink()
-        self.busy += time.perf_counter() - begin
+        self._seconds.append(time.perf_counter() - begin)
 
     def _on_disk(self) -> int:
-        return sum(path.stat().st_blocks * 512 for path in self._out.rglob("*") if path.is_file())
+        nbytes = 0
+        for path in self._out.rglob("*"):
+            with suppress(FileNotFoundError):  # it may be deleted at any moment
+                status = path.stat()
+                nbytes += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+        return nbytes

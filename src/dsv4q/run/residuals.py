@@ -24,7 +24,7 @@ from dsv4q.plan.needs import STREAMS_IN_MEMORY
 
 SAVE_BYTES_PER_SECOND = 1e9
 """What saving is taken to cost."""
-WORK_PER_SAVE = 20
+WORK_PER_SAVE = 60
 """Streams are saved once the work since they were saved last is so many times what saving costs."""
 
 Shape = tuple[int, ...]
