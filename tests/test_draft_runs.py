@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from dsv4q.quantize import Job
 from dsv4q.rehearse import Rehearsal, rehearse
 from dsv4q.verify.judge import verify
 from eval_toys import run_eval
-from killing import changes_of, killed
+from killing import changes_of, killed, saving_after_every_block
 from runs import CONFIGS, finished_files, run
 
 SOURCES = {"random": RANDOM, "grid": grid_form(), "native": native_form(), "base": native_form("fp8")}
@@ -56,6 +57,12 @@ class Made:
 
 def config_of(draft: dict[str, Any]) -> Config:
     return load_config(CONFIGS / "toy.yaml").model_copy(update={"draft": DraftChoice(**draft)})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _at_any_pace() -> Iterator[None]:
+    with saving_after_every_block():
+        yield
 
 
 @pytest.fixture(scope="module")

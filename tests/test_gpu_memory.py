@@ -22,7 +22,6 @@ from dsv4q.made_up.toy import ToyConfig, write_toy
 from dsv4q.plan.needs import CUDA_BYTES, Estimate, GpuUse
 from dsv4q.plan.plan import Plan, make_plan
 from dsv4q.quantize import Job
-from dsv4q.run.run import run_device
 from runs import CONFIGS, FLASH, finished_files, run, toy_job
 
 PRO = {
@@ -102,27 +101,6 @@ def test_more_memory_is_never_used_for_a_slower_way(flash: Plan) -> None:
 
     ranks = [rank(flash.estimate, gpu) for gpu in range(4_000_000_000, 60_000_000_000, 500_000_000)]
     assert ranks == sorted(ranks, reverse=True) and ranks[0] == len(flash.estimate.gpu) and ranks[-1] == 0
-
-
-SAID = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
-
-
-@pytest.mark.parametrize(
-    ("gpu", "said", "told"), [(16e9, {}, ["expandable_segments:True"]), (80e9, {}, []), (16e9, SAID, [])]
-)
-def test_where_memory_is_short_torch_is_to_waste_none_unless_the_user_says_how(
-    flash: Plan, monkeypatch: pytest.MonkeyPatch, gpu: float, said: Mapping[str, str], told: list[str]
-) -> None:
-    settings: list[str] = []
-    monkeypatch.setattr("dsv4q.run.run.usable_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(gpu), int(gpu)))
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
-    run_device("cuda", flash)
-    assert settings == told
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,18 @@ from dsv4q.config import load_config
 from dsv4q.errors import Dsv4qError, OutputError, ResumeError
 from dsv4q.quantize import Job
 from dsv4q.run import pipeline, residuals  # noqa: F401 - imported before any fork, so that no child pays for it
-from killing import changes_of
+from killing import changes_of, saving_after_every_block
 from killing import killed as killed_run
 from runs import CONFIGS, finished_files, run, toy_job
 
 KILLED_AFTER = 150
 """Changes of the disk after which a run has finished some blocks and lacks others."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _at_any_pace() -> Iterator[None]:
+    with saving_after_every_block():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +38,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], int]:
     """Digests of an uninterrupted run's files, and how often one changes the disk at least.
 
-    The first of a process makes folders for caches, and a slow one saves its residual streams once more.
+    The first of a process makes folders for caches.
     """
     made = toy_job(source.parent, make=False)
-    jobs = [replace(made, out=tmp_path_factory.mktemp("whole") / "out") for _ in range(3)]
+    jobs = [replace(made, out=tmp_path_factory.mktemp("whole") / "out") for _ in range(2)]
     counts = [changes_of(partial(run, job)) for job in jobs]
     return digests(jobs[0].out), min(counts)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -171,21 +170,7 @@ def run_device(
     if use is None:
         where = f"--device {name}" + ("" if gpu_memory is None else f" --gpu-memory {gpu_memory}")
         raise too_small(needs, where, f"{total:,} bytes, {free:,} of them free")
-    if use.experts < needs.gpu[0].experts:
-        _waste_less()
     return device, use
-
-
-def _waste_less() -> None:
-    """Have torch give out a GPU's memory in segments that grow, unless the user has said how it shall.
-
-    Forward and encoding want pieces of other sizes. Out of segments that stay as they are made, nearly all of the
-    memory is soon cut into pieces that do not fit, which torch gives back and asks for anew, with the GPU idle.
-    """
-    import torch
-
-    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def same_threads(before: Mapping[str, Any] | None) -> None:
