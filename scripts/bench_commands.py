@@ -1,7 +1,8 @@
 """What DeepSeek's own files cost: whole commands on full-width layers, of this version and an older one, in turns.
 
     python scripts/bench_commands.py WORK --made FOLDER [--only LINE,...] [--before CHECKOUT] [--layers 7] [--few 3]
-        [--width full|toy] [--device cuda] [--cores 16] [--gigabytes 6] [--limit 250] [--json FILE]
+        [--width full|toy] [--device cuda] [--cores 16] [--gigabytes 6] [--touch 0]
+        [--limit 250] [--json FILE]
 
 Makes a source in DeepSeek's own layout and its artifact by the bounds in FOLDER, unless they are there: 7.6 GB a layer,
 best in /dev/shm. What is written goes to WORK, a folder of the disk to be measured, and is removed. Each measurement is
@@ -27,6 +28,8 @@ it takes longer; on a CPU on one narrow layer, of 32 experts, in GB/s of the who
 difference between two runs of different numbers of layers. Where one run says when each layer was done they are the
 mean of its last three, or of all but the first if they are written: the disk has several at once. Beside what is
 written the disk alone is measured (ceilings.py), before and after. `--cores` limits all but `ranks` to so many cores.
+Memory that a virtual machine has not used yet can cost ten times as much to write to, also for the page cache: with
+`--touch` so many GB of it are taken twice in FOLDER, before anything else, which tells what each time took.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +54,7 @@ import yaml
 from bench_layer import fresh, machine
 from bench_source import dimensions, first_layers, write_source
 from bench_tables import layers_of, steady, table
-from ceilings import write_speed
+from ceilings import CHUNK, write_speed
 from dsv4q.made_up.toy import ToyConfig
 
 HERE = Path(__file__).parent
@@ -189,6 +193,27 @@ class Bench:
         print(json.dumps(self.found[-1]), flush=True)
         if self.options.json:  # after each one, for a later one may not come to its end
             self.options.json.write_text(json.dumps(self.found, indent=1))
+
+
+def touched(folder: Path, gigabytes: float) -> float:
+    """Seconds to fill so many GB of files in `folder`, by a thread for each core; they are deleted."""
+    data, threads = bytes(CHUNK), max(1, len(os.sched_getaffinity(0)))
+    pieces = int(gigabytes * 1e9 / threads / CHUNK) + 1
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def fill(path: Path) -> None:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(pieces):
+                file.write(data)
+
+    begin = time.perf_counter()
+    paths = [folder / f"touched-{number}" for number in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, paths))
+    seconds = time.perf_counter() - begin
+    for path in paths:
+        path.unlink()
+    return seconds
 
 
 def stored_bytes(checkpoint: Path) -> int:
@@ -416,6 +441,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cores", type=int, help="of this machine's, the first so many")
     parser.add_argument("--gigabytes", type=float, default=6.0, help="written to find what the disk takes")
+    parser.add_argument("--touch", type=float, default=0.0, help="GB of memory to be used once before")
     parser.add_argument("--limit", type=float, default=250.0, help="seconds that one command may take")
     parser.add_argument("--json", type=Path, help="everything that was measured, for machines")
     options = parser.parse_args()
@@ -439,6 +465,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     if options.cores:
         os.sched_setaffinity(0, sorted(ALL_CORES)[: options.cores])
+    if options.touch:
+        seconds = [round(touched(options.made, options.touch), 2) for _ in range(2)]
+        print(json.dumps({"touched, GB": options.touch, "seconds, first and second time": seconds}), flush=True)
     bench = Bench(options)
     print(json.dumps(machine("bench_commands.py", options.device)), flush=True)
     failed = []

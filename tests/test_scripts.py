@@ -160,7 +160,7 @@ def test_bench_export_exports_both_ways_and_leaves_only_what_it_made(tmp_path: P
 
 
 def test_whole_commands_are_measured_in_turns_with_those_of_another_checkout(work: Path) -> None:
-    lines = ("--only", "dequantize-cpu,start", "--layers", 1, "--gigabytes", 0.002)
+    lines = ("--only", "dequantize-cpu,start", "--layers", 1, "--gigabytes", 0.002, "--touch", 0.05)
     settled = ("--width", "toy", "--device", "cpu", "--samples", 2, "--length", 32, "--before", SCRIPTS.parent)
     text = run_script(
         "bench_commands.py", work / "disk", "--made", work / "made", *lines, *settled, "--json", work / "commands.json"
@@ -170,6 +170,8 @@ def test_whole_commands_are_measured_in_turns_with_those_of_another_checkout(wor
     assert [f"{one['line']} {one['version']}" for one in found] == measured
     assert found[0]["command"].startswith(f"dsv4q dequantize {work / 'made' / 'source-1'} ")
     assert all(one["wall"] > 0 for one in found) and "| start | before |" in text
+    touching = json.loads(text.splitlines()[0])
+    assert len(touching["seconds, first and second time"]) == 2 and not list((work / "made").glob("touched-*"))
     assert [path.name for path in (work / "disk").iterdir()] == ["model"]
 
 

@@ -1,7 +1,7 @@
 """A native release as the BF16 checkpoint that it stands for: source -> plan -> check -> blocks -> finish -> verify.
 
 Tensors are read and decoded ahead (`checkpoint/values.py`) and written behind, block by block with a line in the
-journal, as in `quantize`. Memory: the tensors under way (`pipes.BUDGET`, `writer.WRITE_BEHIND`), or the largest one.
+journal, as in `quantize`. Memory: the tensors under way (`pipes.BUDGET`, `writer.STEADY_BEHIND`), or the largest one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dsv4q.checkpoint.pin import pin_of
 from dsv4q.checkpoint.shards import PlannedShard, PlannedTensor, ShardPlan, balanced_shards, shard_name
 from dsv4q.checkpoint.source import Checkpoint, require_weights
 from dsv4q.checkpoint.values import Batch, batches, values_ahead
-from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
+from dsv4q.checkpoint.writer import STEADY_BEHIND, BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
 from dsv4q.errors import Dsv4qError, SourceError, WeightError, command, first_problem
 from dsv4q.formats.dtypes import tensor_bytes
@@ -116,7 +116,7 @@ def _run_blocks(
         with (
             gpu_memory_errors(f"--device {device}", hint=again),
             stoppable() as check_stop,
-            BackgroundWriter(writer) as behind,
+            BackgroundWriter(writer, budget=STEADY_BEHIND) as behind,
             values_ahead(source, wanted, device) as ready,
             console.progress("dequantizing", plan.artifact_bytes) as progress,
         ):

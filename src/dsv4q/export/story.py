@@ -2,7 +2,7 @@
 
 Bytes are copied on threads, ahead and behind, block by block with a line in the journal, as in `quantize`. Files of
 the source that stay whole are compared and taken over beside them. Memory: the parcels under way (`pipes.BUDGET`,
-`writer.WRITE_BEHIND`). No GPU.
+`writer.STEADY_BEHIND`). No GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dsv4q.checkpoint.output import already_there, check_output, disk_problem, p
 from dsv4q.checkpoint.pipes import Behind, loaded_ahead
 from dsv4q.checkpoint.shards import PlannedShard, ShardPlan
 from dsv4q.checkpoint.source import Checkpoint, require_weights
-from dsv4q.checkpoint.writer import BackgroundWriter, ShardWriter, block_digest, check_finished_shards
+from dsv4q.checkpoint.writer import STEADY_BEHIND, BackgroundWriter, ShardWriter, block_digest, check_finished_shards
 from dsv4q.console import Console
 from dsv4q.errors import SourceError
 from dsv4q.export.compressed import ToCompressed
@@ -155,7 +155,7 @@ def _run_blocks(
     try:
         with (
             stoppable() as check_stop,
-            BackgroundWriter(writer) as behind,
+            BackgroundWriter(writer, budget=STEADY_BEHIND) as behind,
             loaded_ahead(todo, direction.make, lambda parcel: parcel.nbytes) as ready,
             console.progress("exporting", plan.artifact_bytes) as progress,
         ):
