@@ -398,7 +398,9 @@ def rehearse(bench: Bench, version: Version) -> None:
     layers = layers_of(run["report"])
     walls = [layer["wall"] for layer in layers]
     stages = {name: sum(layer[name] for layer in layers) for name in layers[-1]}
+    done_at = {block["block"]: block["seconds"].get("done_at") for block in run["report"]["blocks"]}
     figures: Found = {"seconds": run["seconds"], "peak": run["peak"], "layers": walls, "stages": stages}
+    figures["done_at"] = {block: rounded(seconds) for block, seconds in done_at.items()}
     if version == bench.now:
         disk.append(writes(bench, "2/2"))
         figures |= {"disk": disk, "share": [run["wall"] / sum(disk)]}
