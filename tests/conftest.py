@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,6 +30,14 @@ for _name in (
     "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
 ):  # fmt: skip
     os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="module")
+def saved_after_every_block() -> Iterator[None]:
+    """Residual streams are; by the clock, how often a run changes the disk would depend on its pace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv4q.run.residuals.WORK_PER_SAVE", 0)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

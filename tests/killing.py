@@ -6,12 +6,9 @@ import itertools
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
-
-from dsv4q.run import residuals
 
 SYSCALLS = ("pwritev", "fsync", "replace", "write", "truncate", "unlink", "rmdir", "mkdir", "link")
 """Every way in which a run changes the disk, syncs included."""
@@ -33,14 +30,6 @@ def _counting(after: float) -> tuple[dict[str, Callable[..., object]], Callable[
         return call
 
     return {name: counting(getattr(os, name)) for name in SYSCALLS}, lambda: next(numbers) - 1
-
-
-@contextmanager
-def saving_after_every_block() -> Iterator[None]:
-    """Context in which residual streams are saved so often; or changes of the disk would depend on a run's pace."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(residuals, "WORK_PER_SAVE", 0)
-        yield
 
 
 def changes_of(run: Callable[[], object]) -> int:

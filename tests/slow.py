@@ -25,7 +25,7 @@ SECOND_HALF = {
     "test_resume.py", "test_rehearse.py", "test_bad_input.py", "test_stacks.py", "test_cli.py", "test_calibration.py",
     "test_environment.py", "test_filesystems.py", "test_model_config.py", "test_paths.py", "test_sources.py",
     "test_weights.py", "test_export.py", "test_copying.py", "test_compat.py", "test_verify_digests.py",
-    "test_same_bytes.py", "test_eval_modelopt.py", "test_train_tiny.py", "test_quality.py",
+    "test_same_bytes.py", "test_eval_modelopt.py", "test_quality.py",
 }  # fmt: skip
 """Files whose slow tests `make test` runs with the fast set; the other slow ones take about as long by CPU time."""
 

@@ -489,14 +489,19 @@ def test_debug_variable_shows_the_traceback(folder: Path) -> None:
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+def printed_by(script: str, folder: Path) -> str:
+    """What a script prints that runs a plan in a process of its own."""
+    line = [sys.executable, "-c", script, "plan", str(folder / "source"), "-c", TOY, "-q"]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout
+
+
 def test_a_plan_loads_no_heavy_library(folder: Path) -> None:
     script = (
         "import sys; from dsv4q.__main__ import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'llmcompressor', 'datasets'} & set(sys.modules)))"
     )
-    line = [sys.executable, "-c", script, "plan", str(folder / "source"), "-c", TOY, "-q"]
-    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert printed_by(script, folder) == "[]\n"
 
 
 def test_a_process_ends_without_a_search_for_cycles_among_what_it_made(folder: Path) -> None:
@@ -505,8 +510,7 @@ def test_a_process_ends_without_a_search_for_cycles_among_what_it_made(folder: P
         "atexit.register(lambda: print(gc.get_freeze_count() > 10_000))\n"
         "main(sys.argv[1:])"
     )
-    line = [sys.executable, "-c", script, "plan", str(folder / "source"), "-c", TOY, "-q"]
-    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "True\n"
+    assert printed_by(script, folder) == "True\n"
 
 
 def test_skeleton_is_the_planned_artifact_with_holes(quantized: Result, folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ from dsv4q.quantize import Job
 from dsv4q.rehearse import Rehearsal, rehearse
 from dsv4q.verify.judge import verify
 from eval_toys import run_eval
-from killing import changes_of, killed, saving_after_every_block
+from killing import changes_of, killed
 from runs import CONFIGS, finished_files, run
+
+pytestmark = pytest.mark.usefixtures("saved_after_every_block")
 
 SOURCES = {"random": RANDOM, "grid": grid_form(), "native": native_form(), "base": native_form("fp8")}
 FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -57,12 +58,6 @@ class Made:
 
 def config_of(draft: dict[str, Any]) -> Config:
     return load_config(CONFIGS / "toy.yaml").model_copy(update={"draft": DraftChoice(**draft)})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _at_any_pace() -> Iterator[None]:
-    with saving_after_every_block():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +264,10 @@ def test_a_run_killed_after_this_part_of_its_writes_is_finished_by_the_same_comm
     assert files(job.out) == files(whole.out)
 
 
-@pytest.mark.parametrize("name", ["dspark with FP8 linears", "mtp with NVFP4 experts", "dspark of BF16 off the grid"])
+@pytest.mark.parametrize(
+    "name",
+    ["dspark", "dspark with FP8 linears", "mtp with NVFP4 experts", "dspark in BF16", "dspark of BF16 off the grid"],
+)
 def test_two_ranks_write_the_bytes_of_one(name: str, finished: dict[str, Made], tmp_path: Path) -> None:
     job = finished[name].job
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(job.config.model_dump(mode="json")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +14,14 @@ from dsv4q.config import load_config
 from dsv4q.errors import Dsv4qError, OutputError, ResumeError
 from dsv4q.quantize import Job
 from dsv4q.run import pipeline, residuals  # noqa: F401 - imported before any fork, so that no child pays for it
-from killing import changes_of, saving_after_every_block
+from killing import changes_of
 from killing import killed as killed_run
 from runs import CONFIGS, finished_files, run, toy_job
 
+pytestmark = pytest.mark.usefixtures("saved_after_every_block")
+
 KILLED_AFTER = 150
 """Changes of the disk after which a run has finished some blocks and lacks others."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _at_any_pace() -> Iterator[None]:
-    with saving_after_every_block():
-        yield
 
 
 @pytest.fixture(scope="module")

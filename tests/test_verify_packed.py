@@ -49,9 +49,8 @@ def everywhere(shows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("times", range(-5, 6))
 def test_of_every_pair_of_nibbles_those_are_equal_that_decode_to_equal_bits(times: int) -> None:
-    one, other = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
-    low_and_high = [torch.cat([side.flatten(), side.flatten() << 4]) for side in (one, other)]
-    one, other = (side.to(torch.uint8) for side in low_and_high)
+    one, other = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    one, other = (side.flatten().to(torch.uint8) for side in (one, other))
     packed, stored = torch.zeros(2, len(one), 1, 16, dtype=torch.uint8)
     packed[:, 0, 9], stored[:, 0, 9] = one, other  # in the second of two blocks of 16, one MXFP4 block
     scale = torch.full((len(one), 1, 1), 127 + times, dtype=torch.uint8).view(E8M0)
