@@ -1,7 +1,7 @@
 """What DeepSeek's own files cost: whole commands on full-width layers, of this version and an older one, in turns.
 
     python scripts/bench_commands.py WORK --made FOLDER [--only LINE,...] [--before CHECKOUT] [--layers 7] [--few 3]
-        [--width full|toy] [--device cuda] [--cores 16] [--gigabytes 6] [--touch 0]
+        [--width full|toy] [--device cuda] [--cores 16] [--gigabytes 6] [--touch GB]
         [--limit 250] [--json FILE]
 
 Makes a source in DeepSeek's own layout and its artifact by the bounds in FOLDER, unless they are there: 7.6 GB a layer,
@@ -29,7 +29,7 @@ difference between two runs of different numbers of layers. Where one run says w
 mean of its last three, or of all but the first if they are written: the disk has several at once. Beside what is
 written the disk alone is measured (ceilings.py), before and after. `--cores` limits all but `ranks` to so many cores.
 Memory that a virtual machine has not used yet can cost ten times as much to write to, also for the page cache: with
-`--touch` so many GB of it are taken twice in FOLDER, before anything else, which tells what each time took.
+`--touch` so many GB of it are taken twice in FOLDER, before anything else, which tells how fast it was each time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ import yaml
 from bench_layer import fresh, machine
 from bench_source import dimensions, first_layers, write_source
 from bench_tables import layers_of, steady, table
-from ceilings import CHUNK, write_speed
+from ceilings import write_speed
 from dsv4q.made_up.toy import ToyConfig
 
 HERE = Path(__file__).parent
@@ -195,27 +194,6 @@ class Bench:
             self.options.json.write_text(json.dumps(self.found, indent=1))
 
 
-def touched(folder: Path, gigabytes: float) -> float:
-    """Seconds to fill so many GB of files in `folder`, by a thread for each core; they are deleted."""
-    data, threads = bytes(CHUNK), max(1, len(os.sched_getaffinity(0)))
-    pieces = int(gigabytes * 1e9 / threads / CHUNK) + 1
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def fill(path: Path) -> None:
-        with path.open("wb", buffering=0) as file:
-            for _ in range(pieces):
-                file.write(data)
-
-    begin = time.perf_counter()
-    paths = [folder / f"touched-{number}" for number in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, paths))
-    seconds = time.perf_counter() - begin
-    for path in paths:
-        path.unlink()
-    return seconds
-
-
 def stored_bytes(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
 
@@ -223,6 +201,8 @@ def stored_bytes(checkpoint: Path) -> int:
 def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(one) for one in value]
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
     return round(value, 3) if isinstance(value, float) else value
 
 
@@ -400,7 +380,7 @@ def rehearse(bench: Bench, version: Version) -> None:
     stages = {name: sum(layer[name] for layer in layers) for name in layers[-1]}
     done_at = {block["block"]: block["seconds"].get("done_at") for block in run["report"]["blocks"]}
     figures: Found = {"seconds": run["seconds"], "peak": run["peak"], "layers": walls, "stages": stages}
-    figures["done_at"] = {block: rounded(seconds) for block, seconds in done_at.items()}
+    figures["done_at"] = done_at
     if version == bench.now:
         disk.append(writes(bench, "2/2"))
         figures |= {"disk": disk, "share": [run["wall"] / sum(disk)]}
@@ -468,8 +448,10 @@ def main() -> None:
     if options.cores:
         os.sched_setaffinity(0, sorted(ALL_CORES)[: options.cores])
     if options.touch:
-        seconds = [round(touched(options.made, options.touch), 2) for _ in range(2)]
-        print(json.dumps({"touched, GB": options.touch, "seconds, first and second time": seconds}), flush=True)
+        options.made.mkdir(parents=True, exist_ok=True)
+        threads = len(os.sched_getaffinity(0))
+        speeds = [round(write_speed(options.made, int(options.touch * 1e9), threads), 3) for _ in range(2)]
+        print(json.dumps({"touched, GB": options.touch, "GB/s, first and second time": speeds}), flush=True)
     bench = Bench(options)
     print(json.dumps(machine("bench_commands.py", options.device)), flush=True)
     failed = []

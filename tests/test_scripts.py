@@ -171,7 +171,7 @@ def test_whole_commands_are_measured_in_turns_with_those_of_another_checkout(wor
     assert found[0]["command"].startswith(f"dsv4q dequantize {work / 'made' / 'source-1'} ")
     assert all(one["wall"] > 0 for one in found) and "| start | before |" in text
     touching = json.loads(text.splitlines()[0])
-    assert len(touching["seconds, first and second time"]) == 2 and not list((work / "made").glob("touched-*"))
+    assert len(touching["GB/s, first and second time"]) == 2 and not list((work / "made").glob("ceiling-*"))
     assert [path.name for path in (work / "disk").iterdir()] == ["model"]
 
 

@@ -16,10 +16,11 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -159,6 +160,16 @@ def free_bytes(path: Path) -> int | None:
         probe = probe.parent
     usage = shutil.disk_usage(probe)
     return usage.free if usage.total else None
+
+
+def used_bytes(folder: Path) -> int:
+    """Bytes of the disk that all files below `folder` take; those that go meanwhile may count or not."""
+    nbytes = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            nbytes += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return nbytes
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from dsv4q.checkpoint.files import INDEX, PAGE, REPORT, WORK, is_finished
 from dsv4q.checkpoint.journal import Journal, first_difference
 from dsv4q.errors import DiskError, OutputError
+from dsv4q.host import used_bytes
 
 
 def check_output(out: Path, source: Path) -> None:
@@ -55,7 +56,7 @@ def place_problem(out: Path) -> OutputError | None:
 
 def disk_problem(out: Path, needed: int, free: int | None) -> DiskError | None:
     """Whether `needed` bytes find room, what an unfinished run has written there already counted in."""
-    written = sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
+    written = used_bytes(out) if out.is_dir() else 0
     if free is None or free + written >= needed:
         return None
     return DiskError(

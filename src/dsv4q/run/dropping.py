@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import stat
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from dsv4q.checkpoint.pipes import Behind
 from dsv4q.checkpoint.shards import PlannedShard
-from dsv4q.host import gpu_memory_errors
+from dsv4q.host import gpu_memory_errors, used_bytes
 
 Judging = Callable[[str, bytes, Callable[[], None]], None]
 
@@ -51,7 +49,7 @@ class Dropping(Behind):
     def submit(self, shard: PlannedShard) -> None:
         """Hand over a shard; waits while `TOGETHER` others are not done."""
         begin = time.perf_counter()
-        self.peak = max(self.peak, self._on_disk())
+        self.peak = max(self.peak, used_bytes(self._out))
         self.put(partial(self._judge_and_drop, shard.file, shard.header))
         self.waited += time.perf_counter() - begin
 
@@ -66,11 +64,3 @@ class Dropping(Behind):
         if not self.keep:
             path.unlink()
         self._seconds.append(time.perf_counter() - begin)
-
-    def _on_disk(self) -> int:
-        nbytes = 0
-        for path in self._out.rglob("*"):
-            with suppress(FileNotFoundError):  # it may be deleted at any moment
-                status = path.stat()
-                nbytes += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
-        return nbytes
