@@ -422,7 +422,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cores", type=int, help="of this machine's, the first so many")
-    parser.add_argument("--gigabytes", type=float, default=6.0, help="written to find what the disk takes")
+    parser.add_argument(
+        "--gigabytes", type=float, default=6.0, help="written to find what the disk takes: best what a line writes"
+    )
     parser.add_argument("--touch", type=float, default=0.0, help="GB of memory to be used once before")
     parser.add_argument("--limit", type=float, default=250.0, help="seconds that one command may take")
     parser.add_argument("--json", type=Path, help="everything that was measured, for machines")

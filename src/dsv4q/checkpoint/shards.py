@@ -117,7 +117,7 @@ class ShardPlan:
 
 
 def blocks_of(shard: PlannedShard) -> list[str]:
-    return list(dict.fromkeys(t.block for t in sorted(shard.tensors, key=lambda t: block_order(t.block))))
+    return sorted({t.block for t in shard.tensors}, key=block_order)
 
 
 def block_order(block: str) -> tuple[int, int]:
