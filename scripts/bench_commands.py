@@ -28,7 +28,7 @@ it takes longer; on a CPU on one narrow layer, of 32 experts, in GB/s of the who
 difference between two runs of different numbers of layers. Where one run says when each layer was done they are the
 mean of its last three, or of all but the first if they are written: the disk has several at once. Beside what is
 written the disk alone is measured (ceilings.py), before and after. `--cores` limits all but `ranks` to so many cores.
-Memory that a virtual machine has not used yet can cost ten times as much to write to, also for the page cache: with
+Memory that a virtual machine has not used yet can cost several times as much to write to, also for the page cache: with
 `--touch` so many GB of it are taken twice in FOLDER, before anything else, which tells how fast it was each time.
 """
 
@@ -378,9 +378,8 @@ def rehearse(bench: Bench, version: Version) -> None:
     layers = layers_of(run["report"])
     walls = [layer["wall"] for layer in layers]
     stages = {name: sum(layer[name] for layer in layers) for name in layers[-1]}
-    done_at = {block["block"]: block["seconds"].get("done_at") for block in run["report"]["blocks"]}
     figures: Found = {"seconds": run["seconds"], "peak": run["peak"], "layers": walls, "stages": stages}
-    figures["done_at"] = done_at
+    figures["done_at"] = {block["block"]: block["seconds"].get("done_at") for block in run["report"]["blocks"]}
     if version == bench.now:
         disk.append(writes(bench, "2/2"))
         figures |= {"disk": disk, "share": [run["wall"] / sum(disk)]}
@@ -452,7 +451,7 @@ def main() -> None:
     if options.touch:
         options.made.mkdir(parents=True, exist_ok=True)
         threads = len(os.sched_getaffinity(0))
-        speeds = [round(write_speed(options.made, int(options.touch * 1e9), threads), 3) for _ in range(2)]
+        speeds = rounded([write_speed(options.made, int(options.touch * 1e9), threads) for _ in range(2)])
         print(json.dumps({"touched, GB": options.touch, "GB/s, first and second time": speeds}), flush=True)
     bench = Bench(options)
     print(json.dumps(machine("bench_commands.py", options.device)), flush=True)

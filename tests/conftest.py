@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -49,18 +47,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if not item.get_closest_marker("slow") or item.path.name in SECOND_HALF:
             item.add_marker(pytest.mark.second_half)
-
-
-_modules = 0
-"""That were there at the last `pytest_runtest_teardown` that did something."""
-
-
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Have Python search for cycles only among what is new: a tenth of the time of whole runs went into looking through
-    modules, which all stay.
-    """
-    global _modules
-    if nextitem is not None and nextitem.path != item.path and len(sys.modules) > _modules + 200:
-        _modules = len(sys.modules)
-        gc.collect()
-        gc.freeze()

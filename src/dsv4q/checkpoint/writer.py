@@ -33,8 +33,8 @@ WRITE_BEHIND = 4_000_000_000
 """Bytes that may wait to be written, a block's output: so the disk has work while the next block is computed."""
 
 STEADY_BEHIND = 1_000_000_000
-"""The same where tensors come one after another with nothing to compute in between. Then more in memory only means
-memory that is taken anew, page by page, and page-locked for a GPU: a sixth of the time on two cores (docs/log.md)."""
+"""The same where tensors come one after another with nothing to compute in between: four times as much only holds more
+memory, and is no faster (docs/log.md)."""
 
 WRITE_THREADS = 6
 """sha256 takes 0.8 s a GB on one thread, and copying into the page cache half of that again."""
